@@ -1,0 +1,332 @@
+"""What all layers share: projections, the call, its checks, and the cache of keys and values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx_layers.layers.rotary import rotary_table, rotate
+from longctx_layers.layers.state import Field, Rows, arrange, tail
+from longctx_layers.ops import FarKeys, Segments, sparse_attention
+from longctx_layers.ops.checks import expect_dtype, expect_positive, expect_shape
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Shapes of the attention projections that differ from the usual ones (pretrained models).
+
+    Attributes:
+        head_dim: size of a head, where it is not d_model / n_heads.
+        bias: whether the q, k and v projections have biases.
+        out_bias: whether the output projection has one.
+        qk_norm: whether q and k pass an RMSNorm over head_dim with a learned scale.
+    """
+
+    head_dim: int | None = None
+    bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+
+
+class KeyValueState(NamedTuple):
+    """Cached keys and values; position and segment id of each row.
+
+    Attributes:
+        k, v: `[B, S, G, P]`, right-aligned, keys without rotary embedding; zeros where the row's
+            segment has fewer.
+        position: `[B]` int64, where in its segment the row's next token will stand.
+        segment: `[B]` int64, id of the row's segment; -1 before its first token.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    segment: Tensor
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each head with a learned scale `[H, P]`: `[B, T, H, P]` to the same."""
+
+    def __init__(self, n_heads: int, head_dim: int, scale: float = 1.0, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((n_heads, head_dim), scale, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(precise), x.shape[-1:], eps=1e-5)
+        return (normed * self.weight.to(precise)).to(x.dtype)
+
+
+class AttentionLayer(nn.Module):
+    """Base of all layers: `y, state = layer(x, state=None, *, segment_ids=None)`.
+
+    A subclass sets `state_type`, describes its state in `fields`, and computes in `mix` what the
+    output projection gets, with the new state.
+    """
+
+    state_type: ClassVar[type[Any]] = KeyValueState
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        rope_base: float | None = 10000.0,
+        dropout: float = 0.0,
+        projection: Projection | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        projection = Projection() if projection is None else projection
+        for name, value in (("d_model", d_model), ("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
+            expect_positive(name, value)
+        if n_heads % n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads: expected a divisor of n_heads = {n_heads}, got {n_kv_heads}; "
+                "every key head serves the same number of query heads"
+            )
+        if projection.head_dim is None and d_model % n_heads:
+            raise ValueError(
+                f"n_heads: expected a divisor of d_model = {d_model}, got {n_heads}; change one of "
+                "them, or give Projection(head_dim=...)"
+            )
+        head_dim = d_model // n_heads if projection.head_dim is None else projection.head_dim
+        expect_positive("head_dim", head_dim)
+        if rope_base is not None and head_dim % 2:
+            raise ValueError(
+                f"head_dim: expected an even number for rotary embedding, got {head_dim}; change "
+                "n_heads, or turn rotary embedding off with rope_base=None"
+            )
+        if rope_base is not None and not (math.isfinite(rope_base) and rope_base > 0):
+            raise ValueError(f"rope_base: expected a number above 0 or None, got {rope_base}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
+        self.head_dim, self.rope_base, self.dropout = head_dim, rope_base, dropout
+        self.factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner, kv = n_heads * head_dim, n_kv_heads * head_dim
+        self.q_proj = self.linear(d_model, inner, bias=projection.bias)
+        self.k_proj = self.linear(d_model, kv, bias=projection.bias)
+        self.v_proj = self.linear(d_model, kv, bias=projection.bias)
+        self.o_proj = self.linear(inner, d_model, bias=projection.out_bias)
+        self.q_norm = self.k_norm = None
+        if projection.qk_norm:
+            self.q_norm = HeadNorm(1, head_dim, **self.factory)
+            self.k_norm = HeadNorm(1, head_dim, **self.factory)
+
+    def linear(self, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+        """A projection, initialised normal with std 0.02 and zero bias."""
+        linear = nn.Linear(inputs, outputs, bias=bias, **self.factory)
+        nn.init.normal_(linear.weight, std=INIT_STD)
+        if bias:
+            nn.init.zeros_(linear.bias)
+        return linear
+
+    def fields(self) -> dict[str, Field]:
+        """The tensors of this layer's state."""
+        raise NotImplementedError
+
+    def mix(
+        self, x: Tensor, state: Any, segments: Segments | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the output projection gets, `[B, T, H * P]`, and the new state's tensors.
+
+        Args:
+            x: `[B, T, D]` with pads at the right of each row.
+            state: the state before, or None where the call begins everything.
+            segments: of the call; None for one segment that begins with the call, without pads.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Compute outputs and the state behind them; trains, prefills and decodes.
+
+        Args:
+            x: `[B, T, D]`, T >= 0, in the parameters' dtype (or any under autocast).
+            state: what an earlier call returned, or `init_state`; never changed. None to begin.
+            segment_ids: `[B, T]` integers. Tokens see only their own segment: a run of equal ids.
+                Negative ids are pads: their outputs are 0, and nothing else notices them. None
+                for one segment, which continues that of the state.
+
+        Returns:
+            y `[B, T, D]`, and the new state.
+
+        Raises:
+            ValueError, TypeError: for shapes, dtypes, devices or states that do not fit.
+        """
+        self._check(x, state, segment_ids)
+        if x.shape[1] == 0:
+            y = self.o_proj(x.new_zeros(len(x), 0, self.o_proj.in_features))
+            return y, self.init_state(len(x)) if state is None else state
+        rows: Rows = arrange(x, state, segment_ids)
+        y, new = self.mix(rows.pack(x), state, rows.segments)
+        y = F.dropout(self.o_proj(y), self.dropout, self.training)
+        return rows.unpack(y), self.state_type(**new, position=rows.position, segment=rows.segment)
+
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> Any:
+        """The empty state of a batch, on the parameters' device unless another is given."""
+        weight = self._weight
+        tensors = {
+            name: torch.zeros(
+                batch_size,
+                *(0 if n is None else n for n in field.shape),
+                dtype=field.dtype(weight.dtype),
+                device=weight.device if device is None else device,
+            )
+            for name, field in self._all_fields().items()
+        }
+        return self.state_type(**{**tensors, "segment": tensors["segment"] - 1})
+
+    def state_size(self, length: int) -> int:
+        """Bytes of one sequence's state after `length` tokens."""
+        dtype = self._weight.dtype
+        return sum(
+            math.prod(length if n is None else n for n in field.shape) * field.dtype(dtype).itemsize
+            for field in self._all_fields().values()
+        )
+
+    def extra_repr(self) -> str:
+        """The layer's hyperparameters, as torch's own modules show theirs."""
+        shown = {"d_model": self.d_model, "n_heads": self.n_heads}
+        if self.n_kv_heads != self.n_heads:
+            shown["n_kv_heads"] = self.n_kv_heads
+        shown |= self.options()
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def options(self) -> dict[str, Any]:
+        """The subclass's own hyperparameters, for `repr`."""
+        return {}
+
+    @property
+    def _weight(self) -> Tensor:
+        weight: Tensor = self.k_proj.weight
+        return weight
+
+    def _all_fields(self) -> dict[str, Field]:
+        return {**self.fields(), "position": Field((), "index"), "segment": Field((), "index")}
+
+    def _check(self, x: Tensor, state: Any, segment_ids: Tensor | None) -> None:
+        name, weight = type(self).__name__, self._weight
+        expect_shape(f"{name}: x", x, (None, None, self.d_model), "[B, T, d_model]")
+        if weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            expect_dtype(f"{name}: x", x, weight.dtype)
+        if x.device != weight.device:
+            raise ValueError(
+                f"{name}: x: expected a tensor on {weight.device}, as the parameters, got one on "
+                f"{x.device}; move one of them with .to(...)"
+            )
+        if segment_ids is not None:
+            expect_shape(f"{name}: segment_ids", segment_ids, tuple(x.shape[:2]), "[B, T]")
+            if segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
+                raise TypeError(
+                    f"{name}: segment_ids: expected integers, got {segment_ids.dtype}; number the "
+                    "segments, with -1 at pads"
+                )
+            if segment_ids.device != x.device:
+                raise ValueError(
+                    f"{name}: segment_ids: expected a tensor on {x.device}, as x, got one on "
+                    f"{segment_ids.device}; move it with .to(...)"
+                )
+        if state is not None:
+            self._check_state(state, len(x), x.device)
+
+    def _check_state(self, state: Any, batch: int, device: torch.device) -> None:
+        name = type(self).__name__
+        if not isinstance(state, self.state_type):
+            raise TypeError(
+                f"{name}: state: expected a {self.state_type.__name__}, got a "
+                f"{type(state).__name__}; pass what this layer returned, or init_state(batch_size)"
+            )
+        for key, field in self._all_fields().items():
+            value = getattr(state, key)
+            what = f"{name}: state.{key}"
+            expect_shape(what, value, (batch, *field.shape), f"[B{', ...' if field.shape else ''}]")
+            if value.device != device:
+                raise ValueError(
+                    f"{what}: expected a tensor on {device}, as x, got one on {value.device}; "
+                    "move the state with state_to"
+                )
+            if field.kind != "cache":
+                expect_dtype(what, value, field.dtype(self._weight.dtype))
+
+    def heads(self, x: Tensor, count: int) -> Tensor:
+        """`[B, T, h * P]` to `[B, T, h, P]`."""
+        return x.unflatten(-1, (count, self.head_dim))
+
+    def attend(
+        self,
+        x: Tensor,
+        state: Any,
+        segments: Segments | None,
+        *,
+        window_size: int | None = None,
+        chunk_size: int | None = None,
+        chunk_shift: int = 0,
+        far: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project, rotate and attend.
+
+        Args:
+            far: called with un-rotated q `[B, H, T, P]`, k and v `[B, G, S, P]`; returns FarKeys.
+
+        Returns:
+            The attention output `[B, T, H, P]`, and all keys and values `[B, S, G, P]`, cached
+            ones first, for the state.
+        """
+        q = self.heads(self.q_proj(x), self.n_heads)
+        k = self.heads(self.k_proj(x), self.n_kv_heads)
+        v = self.heads(self.v_proj(x), self.n_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if state is not None:
+            k = torch.cat([state.k.to(k.dtype), k], dim=1)
+            v = torch.cat([state.v.to(v.dtype), v], dim=1)
+        far_keys: FarKeys | None = None
+        queries, keys, values = (z.transpose(1, 2) for z in (q, k, v))
+        if far is not None:
+            far_keys = far(queries, keys, values)
+        if self.rope_base is not None:
+            # Only distances matter: a key's angle counts from the first cached key.
+            cos, sin = rotary_table(k.shape[1], self.head_dim, self.rope_base, q)
+            skip = k.shape[1] - q.shape[1]
+            queries, keys = rotate(queries, (cos[skip:], sin[skip:])), rotate(keys, (cos, sin))
+        y = sparse_attention(
+            queries,
+            keys,
+            values,
+            window_size=window_size,
+            chunk_size=chunk_size,
+            chunk_shift=chunk_shift,
+            segments=segments,
+            far=far_keys,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return y.transpose(1, 2), k, v
+
+    def cache_fields(self, size: int | None) -> dict[str, Field]:
+        """Fields of a cache of the last `size` keys and values; None: of all."""
+        shape = (size, self.n_kv_heads, self.head_dim)
+        return {"k": Field(shape), "v": Field(shape)}
+
+    def cache(
+        self,
+        k: Tensor,
+        v: Tensor,
+        size: int,
+        segments: Segments | None,
+        first: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The last `size` keys and values of each row: see `tail`."""
+        return {"k": tail(k, size, segments, first), "v": tail(v, size, segments, first)}

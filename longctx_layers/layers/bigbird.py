@@ -1,0 +1,81 @@
+"""BigBird attention, causal: a window, global tokens, and random ones."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longctx_layers.layers.base import AttentionLayer, Projection
+from longctx_layers.layers.state import Field
+from longctx_layers.ops import Segments
+from longctx_layers.ops.checks import expect_count, expect_positive
+from longctx_layers.ops.far import far_cached_keys
+
+
+class BigBird(AttentionLayer):
+    """Window attention that also sees the segment's first tokens and some random ones.
+
+    Each block of 64 queries draws `n_random_tokens` keys from those between the global tokens and
+    the window, by a hash of seed, head and block: they depend on positions alone. Keys outside the
+    window are matched by content, without rotary embedding. As they may lie anywhere, the state
+    holds all keys and values and grows with every token.
+
+    Args:
+        d_model, n_heads, n_kv_heads, rope_base, dropout, projection, device, dtype: as for
+            `CausalAttention`.
+        window_size: keys in the window, the query's own included.
+        n_random_tokens: random keys of each query.
+        n_global_tokens: first tokens of the segment that every query sees.
+        seed: of the random keys; give each layer of a model its own.
+
+    Source: Zaheer et al., BigBird, arXiv 2007.14062.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        window_size: int = 128,
+        n_random_tokens: int = 4,
+        n_global_tokens: int = 2,
+        seed: int = 0,
+        n_kv_heads: int | None = None,
+        rope_base: float | None = 10000.0,
+        dropout: float = 0.0,
+        projection: Projection | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            n_heads,
+            n_kv_heads=n_kv_heads,
+            rope_base=rope_base,
+            dropout=dropout,
+            projection=projection,
+            device=device,
+            dtype=dtype,
+        )
+        expect_positive("window_size", window_size)
+        expect_count("n_random_tokens", n_random_tokens)
+        expect_count("n_global_tokens", n_global_tokens)
+        self.window_size, self.n_random_tokens = window_size, n_random_tokens
+        self.n_global_tokens, self.seed = n_global_tokens, seed
+
+    def fields(self) -> dict[str, Field]:
+        return self.cache_fields(None)
+
+    def options(self) -> dict[str, Any]:
+        names = ("window_size", "n_random_tokens", "n_global_tokens", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def mix(
+        self, x: Tensor, state: Any, segments: Segments | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        far = partial(far_cached_keys, **self.options(), segments=segments)
+        y, k, v = self.attend(x, state, segments, window_size=self.window_size, far=far)
+        return y.flatten(2), self.cache(k, v, k.shape[1], segments)

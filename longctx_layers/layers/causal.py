@@ -1,0 +1,39 @@
+"""Full causal attention: the baseline whose state and cost grow with the length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from longctx_layers.layers.base import AttentionLayer
+from longctx_layers.layers.state import Field
+from longctx_layers.ops import Segments
+
+
+class CausalAttention(AttentionLayer):
+    """Multi-head attention over all earlier tokens of the segment, with rotary embedding.
+
+    `y, state = layer(x, state=None, *, segment_ids=None)`, x and y `[B, T, d_model]`. The state
+    holds all keys and values: it grows with every token.
+
+    Args:
+        d_model: width of x.
+        n_heads: query heads.
+        n_kv_heads: key and value heads, a divisor of n_heads; n_heads by default.
+        rope_base: base of the rotary embedding's wavelengths; None for no positions.
+        dropout: of the attention weights and of the output, in training.
+        projection: shapes of the projections that differ from the usual ones.
+        device, dtype: of the parameters.
+
+    Source: Vaswani et al., arXiv 1706.03762.
+    """
+
+    def fields(self) -> dict[str, Field]:
+        return self.cache_fields(None)
+
+    def mix(
+        self, x: Tensor, state: Any, segments: Segments | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        y, k, v = self.attend(x, state, segments)
+        return y.flatten(2), self.cache(k, v, k.shape[1], segments)

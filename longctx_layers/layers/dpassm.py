@@ -1,0 +1,161 @@
+"""DPASSM: window attention beside a state-space model, fused by a learned gate per token."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longctx_layers.layers.base import HeadNorm, Projection
+from longctx_layers.layers.ssm import (
+    CONV_WIDTH,
+    DiagonalSSM,
+    SelectiveProjection,
+    gate_projection,
+    gated_mean,
+    no_conv,
+)
+from longctx_layers.layers.state import Field
+from longctx_layers.layers.window import WindowAttention
+from longctx_layers.ops import Segments, ssd
+from longctx_layers.ops.checks import expect_choice, expect_positive
+
+
+class DPASSMState(NamedTuple):
+    """What both paths remember: constant in the length.
+
+    Attributes:
+        k, v: `[B, window_size - 1, G, P]`, right-aligned, zeros where the segment has fewer.
+        global_k, global_v: `[B, n_global_tokens, G, P]`, left-aligned.
+        conv: `[B, 3, channels]`, the last inputs of the short convolution (no channels without).
+        h: the state space, float32 at least: `[B, H, P, N]` selective, `[B, N]` diagonal, `[B, 0]`
+            without one.
+        position: `[B]` int64, where in its segment the row's next token will stand.
+        segment: `[B]` int64, id of the row's segment; -1 before its first token.
+    """
+
+    k: Tensor
+    v: Tensor
+    global_k: Tensor
+    global_v: Tensor
+    conv: Tensor
+    h: Tensor
+    position: Tensor
+    segment: Tensor
+
+
+class DPASSM(WindowAttention):
+    """Dual path: window attention o and a state space s over the same input, fused per token.
+
+    `y = W_o (g * RMSNorm(o) + (1 - g) * RMSNorm(s))`, `g = sigmoid(W_g u + b_g)`, norms per head;
+    the gate begins as the mean of both paths. `y, state = layer(x, state=None, *,
+    segment_ids=None)`, x and y `[B, T, d_model]`. The state's size is constant in T.
+
+    Args:
+        d_model, n_heads, n_kv_heads, rope_base, dropout, projection, device, dtype: as for
+            `CausalAttention`.
+        window_size: keys in the window, the query's own included.
+        ssm_state_dim: N, the state's dimension per channel (selective) or in all (diagonal).
+        ssm: `"selective"` (Mamba-2's, input-dependent), `"diagonal"` (linear and time-invariant),
+            or None for the window alone, without norm and gate.
+        n_global_tokens: first tokens of the segment that every query sees, as in `Longformer`.
+        fuse: `"gate"` as above, or `"residual"`: `y = W_o (o + (1 - g) * RMSNorm(s))` with the
+            norm's scale 0 at first, so that the layer begins as exactly its window attention.
+
+    Source: Dong et al., Hymba, arXiv 2411.13676 (fusion); Dao and Gu, Mamba-2, 2405.21060.
+    """
+
+    state_type = DPASSMState
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        window_size: int = 128,
+        ssm_state_dim: int = 64,
+        ssm: Literal["selective", "diagonal"] | None = "selective",
+        n_global_tokens: int = 0,
+        fuse: Literal["gate", "residual"] = "gate",
+        n_kv_heads: int | None = None,
+        rope_base: float | None = 10000.0,
+        dropout: float = 0.0,
+        projection: Projection | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            n_heads,
+            window_size=window_size,
+            n_global_tokens=n_global_tokens,
+            n_kv_heads=n_kv_heads,
+            rope_base=rope_base,
+            dropout=dropout,
+            projection=projection,
+            device=device,
+            dtype=dtype,
+        )
+        expect_positive("ssm_state_dim", ssm_state_dim)
+        expect_choice("ssm", ssm, ("selective", "diagonal", None))
+        expect_choice("fuse", fuse, ("gate", "residual"))
+        self.ssm_state_dim, self.ssm, self.fuse = ssm_state_dim, ssm, fuse
+        self.state_space: SelectiveProjection | DiagonalSSM | None = None
+        if ssm == "selective":
+            self.state_space = SelectiveProjection(self, ssm_state_dim)
+            self.skip = nn.Parameter(torch.ones(self.n_heads, **self.factory))
+        elif ssm == "diagonal":
+            self.state_space = DiagonalSSM(self, ssm_state_dim)
+        if ssm is not None:
+            self.gate_proj = gate_projection(self)
+            scale = 1.0 if fuse == "gate" else 0.0
+            self.norm_s = HeadNorm(self.n_heads, self.head_dim, scale, **self.factory)
+            if fuse == "gate":
+                self.norm_o = HeadNorm(self.n_heads, self.head_dim, **self.factory)
+
+    def fields(self) -> dict[str, Field]:
+        channels = 0
+        shape: tuple[int, ...] = (0,)
+        if isinstance(self.state_space, SelectiveProjection):
+            channels = self.state_space.channels
+            shape = (self.n_heads, self.head_dim, self.ssm_state_dim)
+        elif self.ssm == "diagonal":
+            shape = (self.ssm_state_dim,)
+        return {
+            **super().fields(),
+            "conv": Field((CONV_WIDTH - 1, channels)),
+            "h": Field(shape, "accumulator"),
+        }
+
+    def options(self) -> dict[str, Any]:
+        names = ("ssm_state_dim", "ssm", "fuse")
+        return {**super().options(), **{name: getattr(self, name) for name in names}}
+
+    def mix(
+        self, x: Tensor, state: Any, segments: Segments | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        o, kept = self.attend_window(x, state, segments)
+        if self.ssm is None:
+            h = x.new_zeros(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
+            return o.flatten(2), {**kept, "conv": no_conv(x), "h": h}
+        s, conv, h = self._state_space(x, state, segments)
+        gate = self.heads(torch.sigmoid(self.gate_proj(x)), self.n_heads)
+        if self.fuse == "gate":
+            y = gated_mean(gate, self.norm_o(o), self.norm_s(s))
+        else:
+            y = o + (1 - gate) * self.norm_s(s)
+        return y.flatten(2), {**kept, "conv": conv, "h": h}
+
+    def _state_space(
+        self, x: Tensor, state: Any, segments: Segments | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """s `[B, T, H, P]`, the conv tail and h."""
+        h = None if state is None else state.h
+        if isinstance(self.state_space, DiagonalSSM):
+            s, h = self.state_space(x, h, segments)
+            return self.heads(s, self.n_heads), no_conv(s), h
+        assert self.state_space is not None
+        inputs = self.state_space(x, None if state is None else state.conv, segments)
+        s, h = ssd(*inputs[:5], initial_state=h, segments=segments)
+        return s + self.skip[:, None].to(s.dtype) * inputs.x, inputs.conv, h

@@ -1,0 +1,145 @@
+"""State-space paths: the selective one's inputs, and the diagonal one."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx_layers.layers.base import AttentionLayer
+from longctx_layers.layers.state import tail
+from longctx_layers.ops import Segments, diagonal_scan
+
+CONV_WIDTH = 4
+
+
+class SelectiveInputs(NamedTuple):
+    """What `ssd` and `block_ssd` take, and the conv tail for the state."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    conv: Tensor
+
+
+class SelectiveProjection(nn.Module):
+    """`x, B, C = SiLU(conv4(W u))` and `dt = softplus(W_dt u + b_dt)`, as in Mamba-2.
+
+    Initial time scales are spread log-uniformly over the heads, from 16 to 16384 tokens.
+
+    Source: Dao and Gu, Mamba-2, arXiv 2405.21060.
+    """
+
+    def __init__(self, layer: AttentionLayer, state_dim: int) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim, self.state_dim = layer.n_heads, layer.head_dim, state_dim
+        self.in_proj = layer.linear(layer.d_model, self.channels)
+        self.dt_proj = layer.linear(layer.d_model, layer.n_heads)
+        bound = CONV_WIDTH**-0.5
+        self.conv = nn.Parameter(torch.empty(self.channels, CONV_WIDTH, **layer.factory))
+        nn.init.uniform_(self.conv, -bound, bound)
+        span = torch.empty(layer.n_heads, **{**layer.factory, "dtype": torch.float64})
+        dt = torch.exp(span.uniform_(math.log(1e-3), math.log(1e-1)))
+        scale = torch.logspace(
+            math.log10(16), math.log10(16384), layer.n_heads, dtype=dt.dtype, device=dt.device
+        )
+        # softplus inverted; and 1 / (exp(A_log) dt) = scale.
+        self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(self.conv.dtype))
+        self.A_log = nn.Parameter(-torch.log(scale * dt).to(self.conv.dtype))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the short convolution."""
+        return self.n_heads * self.head_dim + 2 * self.state_dim
+
+    def forward(
+        self, u: Tensor, before: Tensor | None, segments: Segments | None
+    ) -> SelectiveInputs:
+        """Project and convolve `[B, T, D]`; `before` is the state's `conv`."""
+        z, conv = short_conv(self.in_proj(u), self.conv, before, segments)
+        inner = self.n_heads * self.head_dim
+        x, B, C = F.silu(z).split([inner, self.state_dim, self.state_dim], dim=-1)
+        precise = torch.promote_types(u.dtype, torch.float32)
+        dt = F.softplus(self.dt_proj(u).to(precise) + self.dt_bias.to(precise))
+        A = -torch.exp(self.A_log.to(precise))
+        return SelectiveInputs(x.unflatten(-1, (self.n_heads, self.head_dim)), dt, A, B, C, conv)
+
+
+def short_conv(
+    z: Tensor, weight: Tensor, before: Tensor | None, segments: Segments | None
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution over `[B, T, channels]`, restarting at every segment.
+
+    Args:
+        weight: `[channels, width]`; the last column weighs the token itself.
+        before: the last `width - 1` inputs of the call before; None for zeros.
+
+    Returns:
+        The outputs, and the last `width - 1` inputs of each row's segment.
+    """
+    width, length = weight.shape[1], z.shape[1]
+    if before is None:
+        padded = F.pad(z, (0, 0, width - 1, 0))
+    else:
+        padded = torch.cat([before.to(z.dtype), z], dim=1)
+    precise = torch.promote_types(z.dtype, torch.float32)
+    taps = weight.to(precise)
+    y = z.to(precise) * taps[:, -1]
+    for back in range(1, width):
+        term = padded[:, width - 1 - back : width - 1 - back + length] * taps[:, -1 - back]
+        if segments is not None:
+            index = torch.arange(length, device=z.device)
+            term = torch.where((index - back >= segments.start)[..., None], term, 0)
+        y = y + term
+    return y.to(z.dtype), tail(padded, width - 1, segments)
+
+
+class DiagonalSSM(nn.Module):
+    """`h_t = alpha h_{t-1} + W_B u_t`, `s_t = W_C h_t`, alpha a learned constant in (0, 1)^N.
+
+    Initial time scales are spread log-uniformly, from 1 to 4096 tokens.
+    """
+
+    def __init__(self, layer: AttentionLayer, state_dim: int) -> None:
+        super().__init__()
+        self.B_proj = layer.linear(layer.d_model, state_dim)
+        self.C_proj = layer.linear(state_dim, layer.n_heads * layer.head_dim)
+        scale = torch.logspace(
+            0, math.log10(4096), state_dim, dtype=torch.float64, device=layer.factory["device"]
+        )
+        # alpha = exp(-exp(log_rate)) = exp(-1 / scale)
+        self.log_rate = nn.Parameter(-torch.log(scale).to(self.B_proj.weight.dtype))
+
+    def forward(
+        self, u: Tensor, initial: Tensor | None, segments: Segments | None
+    ) -> tuple[Tensor, Tensor]:
+        """`[B, T, D]` and h `[B, N]` to s `[B, T, H * P]` and the final h."""
+        precise = torch.promote_types(u.dtype, torch.float32)
+        log_decay = -torch.exp(self.log_rate.to(precise))
+        h, final = diagonal_scan(
+            self.B_proj(u), log_decay, initial_state=initial, segments=segments
+        )
+        s: Tensor = self.C_proj(h)
+        return s, final
+
+
+def no_conv(x: Tensor) -> Tensor:
+    """The empty conv tail of a layer without one: `[B, 3, 0]`."""
+    return x.new_zeros(len(x), CONV_WIDTH - 1, 0)
+
+
+def gated_mean(gate: Tensor, o: Tensor, s: Tensor) -> Tensor:
+    """`g * o + (1 - g) * s`."""
+    return s + gate * (o - s)
+
+
+def gate_projection(layer: AttentionLayer) -> nn.Linear:
+    """The fusion gate's projection: zero at first, so that both paths begin with equal weight."""
+    gate = layer.linear(layer.d_model, layer.n_heads * layer.head_dim, bias=True)
+    nn.init.zeros_(gate.weight)
+    return gate

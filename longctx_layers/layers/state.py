@@ -1,0 +1,148 @@
+"""States: NamedTuples of tensors, and what a call does with padded and packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from longctx_layers.ops import Segments
+
+State = TypeVar("State", bound=tuple[Any, ...])
+
+
+class Field(NamedTuple):
+    """One tensor of a state: its shape without the batch (None: grows), and what it holds."""
+
+    shape: tuple[int | None, ...]
+    kind: Literal["cache", "accumulator", "index"] = "cache"
+
+    def dtype(self, parameters: torch.dtype) -> torch.dtype:
+        """Caches have the parameters' dtype, accumulators float32 at least."""
+        if self.kind == "index":
+            return torch.int64
+        if self.kind == "accumulator":
+            return torch.promote_types(parameters, torch.float32)
+        return parameters
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Apply a function to every tensor of a state, or of a tuple of states."""
+    mapped = [function(x) if isinstance(x, Tensor) else map_state(function, x) for x in state]
+    if hasattr(state, "_fields"):
+        return type(state)(*mapped)
+    return type(state)(mapped)
+
+
+def detach_state(state: State) -> State:
+    """The same state without its history of gradients (for truncated back-propagation)."""
+    return map_state(Tensor.detach, state)
+
+
+def select_rows(state: State, index: Tensor) -> State:
+    """Rows of a state by index `[n]`, in that order: reorders, drops or repeats sequences."""
+    return map_state(lambda x: x.index_select(0, index.to(x.device)), state)
+
+
+def state_to(state: State, device: torch.device | str) -> State:
+    """The state on another device."""
+    return map_state(lambda x: x.to(device), state)
+
+
+class Rows(NamedTuple):
+    """A call's rows with their pads moved to the right.
+
+    Attributes:
+        segments: for the operations; None for rows of one new segment without pads.
+        position: `[B]`, where in its segment each row's next token will stand.
+        segment: `[B]`, the id of the row's last segment.
+        order, inverse, real: the permutations there and back `[B, T]`, and which tokens are real,
+            all in terms of `order`'s source; None where nothing was moved.
+    """
+
+    segments: Segments | None
+    position: Tensor
+    segment: Tensor
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+    real: Tensor | None = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Move `[B, T, D]` so that pads, made zero, stand at the right."""
+        if self.order is None or self.segments is None:
+            return x
+        return torch.where(self.segments.real()[..., None], _take(x, self.order), 0)
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """Move outputs back to where their tokens stood, with zeros at the pads."""
+        if self.inverse is None or self.real is None:
+            return y
+        return torch.where(self.real[..., None], _take(y, self.inverse), 0)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `[B, T, D]` by `[B, T]`; its backward is an addition of whole rows."""
+    batch, length, dim = x.shape
+    flat = index + length * torch.arange(batch, device=x.device)[:, None]
+    return x.reshape(-1, dim).index_select(0, flat.flatten()).view(batch, length, dim)
+
+
+def arrange(x: Tensor, state: Any, segment_ids: Tensor | None) -> Rows:
+    """Find segments and pads of a call: see `Rows`."""
+    batch, length = x.shape[:2]
+    index = torch.arange(length, device=x.device)
+    if state is None:
+        if segment_ids is None:
+            whole = index.new_full((batch,), length)
+            return Rows(None, whole, torch.zeros_like(whole))
+        position, held = index.new_zeros(batch), index.new_full((batch,), -1)
+    else:
+        position, held = state.position, state.segment
+    if segment_ids is None:
+        start = -position[:, None].expand(-1, length)
+        segments = Segments(start, torch.full_like(position, length))
+        return Rows(segments, position + length, held.clamp(min=0))
+    real = segment_ids >= 0
+    order = torch.argsort(~real, dim=1, stable=True)
+    count = real.sum(1)
+    ids = torch.where(index < count[:, None], segment_ids.gather(1, order), -1).to(torch.int64)
+    begins = (ids >= 0) & (ids != torch.cat([held[:, None], ids[:, :-1]], dim=1))
+    start = torch.where(begins, index, -position[:, None]).cummax(1).values
+    segments = Segments(start, count)
+    last = ids.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1)
+    return Rows(
+        segments,
+        count - segments.next_start(),
+        torch.where(count > 0, last, held),
+        order,
+        order.argsort(1),
+        real,
+    )
+
+
+def tail(x: Tensor, size: int, segments: Segments | None, first: Tensor | None = None) -> Tensor:
+    """The last `size` real entries of each row's segment, right-aligned, zeros before them.
+
+    Args:
+        x: `[B, S, ...]`, of which the last T belong to this call.
+        segments: of this call; None for T real tokens of one segment.
+        first: `[B]`, where what is still needed begins, if that is later than the segment.
+
+    Returns:
+        `[B, size, ...]`, a copy.
+    """
+    total = x.shape[1]
+    if segments is None and first is None:
+        kept = x[:, max(total - size, 0) :]
+        return torch.cat([x.new_zeros(len(x), size - kept.shape[1], *x.shape[2:]), kept], dim=1)
+    assert segments is not None
+    length = segments.start.shape[1]
+    first = segments.next_start() if first is None else first
+    index = segments.length[:, None] + torch.arange(-size, 0, device=x.device)
+    at = (index + (total - length)).clamp(min=0)
+    flat = x.reshape(len(x), total, -1)
+    kept = flat.gather(1, at[..., None].expand(-1, -1, flat.shape[2]))
+    kept = torch.where((index >= first[:, None])[..., None], kept, 0)
+    return kept.view(len(x), size, *x.shape[2:])

@@ -1,0 +1,21 @@
+"""Pure functions over tensors: one name, one piece of mathematics, several backends."""
+
+from longctx_layers.ops.attention import FarKeys, sparse_attention
+from longctx_layers.ops.block_ssd import block_ssd
+from longctx_layers.ops.dispatch import BACKENDS, Choice, explain, use_backend
+from longctx_layers.ops.scan import diagonal_scan
+from longctx_layers.ops.segments import Segments
+from longctx_layers.ops.ssd import ssd
+
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "FarKeys",
+    "Segments",
+    "block_ssd",
+    "diagonal_scan",
+    "explain",
+    "sparse_attention",
+    "ssd",
+    "use_backend",
+]

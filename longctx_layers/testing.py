@@ -1,0 +1,149 @@
+"""What tests, benchmarks and users share: error budgets, small layers, and a memory meter."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longctx_layers.layers import AttentionLayer, build_layer
+
+# Every layer of the registry with each of its options, small enough for a property test.
+LAYER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vanilla": ("vanilla", {}),
+    "vanilla-no-rope": ("vanilla", {"rope_base": None}),
+    "window": ("window", {"window_size": 5}),
+    "window-1": ("window", {"window_size": 1}),
+    "dpassm": ("dpassm", {"window_size": 5, "ssm_state_dim": 3}),
+    "dpassm-diagonal": ("dpassm", {"window_size": 5, "ssm_state_dim": 3, "ssm": "diagonal"}),
+    "dpassm-none": ("dpassm", {"window_size": 4, "ssm": None}),
+    "dpassm-global": ("dpassm", {"window_size": 4, "ssm_state_dim": 3, "n_global_tokens": 2}),
+    "dpassm-residual": ("dpassm", {"window_size": 6, "ssm_state_dim": 3, "fuse": "residual"}),
+    "blade": ("blade", {"chunk_size": 5, "state_dim": 3}),
+    "blade-1": ("blade", {"chunk_size": 1, "state_dim": 3}),
+    "blade-shift": ("blade", {"chunk_size": 6, "state_dim": 3, "chunk_shift": 2}),
+    "blade-memory": ("blade", {"chunk_size": 5, "state_dim": 3, "n_memory_tokens": 2}),
+    "blade-mlp": ("blade", {"chunk_size": 5, "state_dim": 3, "state_update": "mlp"}),
+    "blade-mlp-shift": (
+        "blade",
+        {
+            "chunk_size": 6,
+            "state_dim": 3,
+            "state_update": "mlp",
+            "chunk_shift": 3,
+            "n_memory_tokens": 1,
+        },
+    ),
+    "blade-none": ("blade", {"chunk_size": 5, "state_update": None}),
+    "longformer": ("baseline_longformer", {"window_size": 5, "n_global_tokens": 2}),
+    "longformer-1": ("baseline_longformer", {"window_size": 1, "n_global_tokens": 3}),
+    "bigbird": (
+        "baseline_bigbird",
+        {"window_size": 5, "n_random_tokens": 3, "n_global_tokens": 2},
+    ),
+    "bigbird-random": (
+        "baseline_bigbird",
+        {"window_size": 70, "n_random_tokens": 3, "n_global_tokens": 0, "seed": 7},
+    ),
+}
+
+
+def small_layer(
+    case: str,
+    *,
+    d_model: int = 16,
+    n_heads: int = 4,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **options: Any,
+) -> AttentionLayer:
+    """A layer of `LAYER_CASES` with all of its parameters random, so that no path is silent."""
+    name, given = LAYER_CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    layer = build_layer(name, d_model, n_heads, dtype=dtype, **{**given, **options})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.3 * noise.to(dtype))
+    return layer
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, in float64."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"expected shape {list(expected.shape)}, got {list(actual.shape)}")
+    return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
+
+
+def assert_within_budget(
+    actual: Tensor,
+    same_dtype_reference: Tensor,
+    oracle: Tensor,
+    *,
+    scale: float | None = None,
+    factor: float = 2.0,
+) -> None:
+    """Assert that a result is as good as its dtype allows, by a tolerance taken from the data.
+
+    Args:
+        actual: the fast path's result.
+        same_dtype_reference: the reference on the same, rounded inputs.
+        oracle: the reference in float64 on the same, rounded inputs.
+        scale: magnitude whose rounding is unavoidable: max |oracle| by default; for gradients of
+            attention also `max|dO| * max|V|`, or the operation's like.
+        factor: how many times the reference's own error is allowed.
+    """
+    if not torch.isfinite(actual).all():
+        raise AssertionError("expected finite values, got NaN or infinity")
+    scale = oracle.abs().max().item() if scale is None and oracle.numel() else scale or 0.0
+    band = torch.finfo(actual.dtype).eps * scale
+    error, own = max_error(actual, oracle), max_error(same_dtype_reference, oracle)
+    if error > factor * (own + band):
+        raise AssertionError(
+            f"error {error:.3g} exceeds {factor} x (reference's {own:.3g} + rounding {band:.3g})"
+        )
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of live tensors that torch's operations make while the meter is on.
+
+    Attributes:
+        peak: most bytes alive at once, beyond what was there before.
+        largest: elements of the largest single tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.largest = self._live = 0
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        }
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.device.type != "meta":
+                self._watch(x, before)
+        return result
+
+    def _watch(self, x: Tensor, before: set[int]) -> None:
+        storage = x.untyped_storage()
+        if storage._cdata in self._seen or storage._cdata in before:
+            return
+        key, size = storage._cdata, storage.nbytes()
+        self._live += size
+        self.peak = max(self.peak, self._live)
+        self.largest = max(self.largest, size // x.element_size())
+
+        def gone(_: Any) -> None:
+            self._live -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
