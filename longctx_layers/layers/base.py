@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longctx_layers.layers.checks import check_input, check_segment_ids, check_state
 from longctx_layers.layers.rotary import rotary_table, rotate
 from longctx_layers.layers.state import Field, Rows, arrange, tail
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
-from longctx_layers.ops.checks import expect_dtype, expect_positive, expect_shape
+from longctx_layers.ops.checks import expect_positive
 
 INIT_STD = 0.02
 
@@ -56,7 +57,12 @@ class HeadNorm(nn.Module):
 
     def __init__(self, n_heads: int, head_dim: int, scale: float = 1.0, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((n_heads, head_dim), scale, **factory))
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(n_heads, head_dim, **factory))
+
+    def reset_parameters(self) -> None:
+        """Set the scale to its first value."""
+        nn.init.constant_(self.weight, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
@@ -68,7 +74,7 @@ class AttentionLayer(nn.Module):
     """Base of all layers: `y, state = layer(x, state=None, *, segment_ids=None)`.
 
     A subclass sets `state_type`, describes its state in `fields`, and computes in `mix` what the
-    output projection gets, with the new state.
+    output projection gets, with the new state. Its `__init__` ends with `reset_parameters`.
     """
 
     state_type: ClassVar[type[Any]] = KeyValueState
@@ -125,12 +131,18 @@ class AttentionLayer(nn.Module):
             self.k_norm = HeadNorm(1, head_dim, **self.factory)
 
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-        """A projection, initialised normal with std 0.02 and zero bias."""
-        linear = nn.Linear(inputs, outputs, bias=bias, **self.factory)
-        nn.init.normal_(linear.weight, std=INIT_STD)
-        if bias:
-            nn.init.zeros_(linear.bias)
-        return linear
+        """A projection with the layer's device and dtype."""
+        return nn.Linear(inputs, outputs, bias=bias, **self.factory)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: projections normal, std 0.02; biases zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif module is not self and hasattr(module, "reset_parameters"):
+                cast("Any", module).reset_parameters()
 
     def fields(self) -> dict[str, Field]:
         """The tensors of this layer's state."""
@@ -209,6 +221,14 @@ class AttentionLayer(nn.Module):
         """The subclass's own hyperparameters, for `repr`."""
         return {}
 
+    def _check(self, x: Tensor, state: Any, segment_ids: Tensor | None) -> None:
+        name, weight = type(self).__name__, self._weight
+        check_input(name, x, self.d_model, weight)
+        if segment_ids is not None:
+            check_segment_ids(name, segment_ids, x)
+        if state is not None:
+            check_state(name, state, self.state_type, self._all_fields(), x, weight.dtype)
+
     @property
     def _weight(self) -> Tensor:
         weight: Tensor = self.k_proj.weight
@@ -216,50 +236,6 @@ class AttentionLayer(nn.Module):
 
     def _all_fields(self) -> dict[str, Field]:
         return {**self.fields(), "position": Field((), "index"), "segment": Field((), "index")}
-
-    def _check(self, x: Tensor, state: Any, segment_ids: Tensor | None) -> None:
-        name, weight = type(self).__name__, self._weight
-        expect_shape(f"{name}: x", x, (None, None, self.d_model), "[B, T, d_model]")
-        if weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            expect_dtype(f"{name}: x", x, weight.dtype)
-        if x.device != weight.device:
-            raise ValueError(
-                f"{name}: x: expected a tensor on {weight.device}, as the parameters, got one on "
-                f"{x.device}; move one of them with .to(...)"
-            )
-        if segment_ids is not None:
-            expect_shape(f"{name}: segment_ids", segment_ids, tuple(x.shape[:2]), "[B, T]")
-            if segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
-                raise TypeError(
-                    f"{name}: segment_ids: expected integers, got {segment_ids.dtype}; number the "
-                    "segments, with -1 at pads"
-                )
-            if segment_ids.device != x.device:
-                raise ValueError(
-                    f"{name}: segment_ids: expected a tensor on {x.device}, as x, got one on "
-                    f"{segment_ids.device}; move it with .to(...)"
-                )
-        if state is not None:
-            self._check_state(state, len(x), x.device)
-
-    def _check_state(self, state: Any, batch: int, device: torch.device) -> None:
-        name = type(self).__name__
-        if not isinstance(state, self.state_type):
-            raise TypeError(
-                f"{name}: state: expected a {self.state_type.__name__}, got a "
-                f"{type(state).__name__}; pass what this layer returned, or init_state(batch_size)"
-            )
-        for key, field in self._all_fields().items():
-            value = getattr(state, key)
-            what = f"{name}: state.{key}"
-            expect_shape(what, value, (batch, *field.shape), f"[B{', ...' if field.shape else ''}]")
-            if value.device != device:
-                raise ValueError(
-                    f"{what}: expected a tensor on {device}, as x, got one on {value.device}; "
-                    "move the state with state_to"
-                )
-            if field.kind != "cache":
-                expect_dtype(what, value, field.dtype(self._weight.dtype))
 
     def heads(self, x: Tensor, count: int) -> Tensor:
         """`[B, T, h * P]` to `[B, T, h, P]`."""

@@ -65,6 +65,7 @@ class BigBird(AttentionLayer):
         expect_count("n_global_tokens", n_global_tokens)
         self.window_size, self.n_random_tokens = window_size, n_random_tokens
         self.n_global_tokens, self.seed = n_global_tokens, seed
+        self.reset_parameters()
 
     def fields(self) -> dict[str, Field]:
         return self.cache_fields(None)

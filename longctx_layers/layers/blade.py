@@ -12,7 +12,6 @@ from longctx_layers.layers.blade_mlp import MlpUpdate
 from longctx_layers.layers.ssm import (
     CONV_WIDTH,
     SelectiveProjection,
-    gate_projection,
     gated_mean,
     no_conv,
 )
@@ -116,15 +115,25 @@ class BLADE(AttentionLayer):
         self.mlp: MlpUpdate | None = None
         if state_update == "associative":
             self.state_space = SelectiveProjection(self, state_dim)
-            self.gate_proj = gate_projection(self)
+            self.gate_proj = self.linear(d_model, self.n_heads * self.head_dim, bias=True)
             self.norm_o = HeadNorm(self.n_heads, self.head_dim, **self.factory)
             self.norm_r = HeadNorm(self.n_heads, self.head_dim, **self.factory)
         elif state_update == "mlp":
             self.mlp = MlpUpdate(self, state_dim)
         if n_memory_tokens:
             shape = (n_memory_tokens, self.n_kv_heads, self.head_dim)
-            self.memory_k = nn.Parameter(torch.randn(shape, **self.factory))
-            self.memory_v = nn.Parameter(torch.zeros(shape, **self.factory))
+            self.memory_k = nn.Parameter(torch.empty(shape, **self.factory))
+            self.memory_v = nn.Parameter(torch.empty(shape, **self.factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew; the gate begins with equal weight for both paths."""
+        super().reset_parameters()
+        if self.state_update == "associative":
+            nn.init.zeros_(self.gate_proj.weight)
+        if self.n_memory_tokens:
+            nn.init.normal_(self.memory_k)
+            nn.init.zeros_(self.memory_v)
 
     def fields(self) -> dict[str, Field]:
         channels = 0

@@ -36,7 +36,7 @@ class MlpUpdate(nn.Module):
     def forward(
         self, layer: BLADE, x: Tensor, state: BLADEState | None, segments: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """All chunks of `[B, T, D]`: outputs, all keys and values as `attend` gives them, h, and the sum."""
+        """Outputs, keys and values as `attend` gives them, h, and the open chunk's sum."""
         batch, length, _ = x.shape
         index = torch.arange(length, device=x.device)
         if segments is None:
@@ -114,7 +114,7 @@ class MlpUpdate(nn.Module):
         state: Any,
         first: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One chunk of every row, as `[B, C, H, P]`; the first one goes on where `state` stopped."""
+        """One chunk of every row, `[B, C, H, P]`; the first goes on where `state` stopped."""
         size = layer.chunk_size
         index = torch.arange(size, device=x.device)
         at = (offset[:, None] + index).clamp(max=x.shape[1] - 1)

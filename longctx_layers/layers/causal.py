@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from longctx_layers.layers.base import AttentionLayer
+from longctx_layers.layers.base import AttentionLayer, Projection
 from longctx_layers.layers.state import Field
 from longctx_layers.ops import Segments
 
@@ -28,6 +29,30 @@ class CausalAttention(AttentionLayer):
 
     Source: Vaswani et al., arXiv 1706.03762.
     """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        rope_base: float | None = 10000.0,
+        dropout: float = 0.0,
+        projection: Projection | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            n_heads,
+            n_kv_heads=n_kv_heads,
+            rope_base=rope_base,
+            dropout=dropout,
+            projection=projection,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters()
 
     def fields(self) -> dict[str, Field]:
         return self.cache_fields(None)

@@ -12,7 +12,6 @@ from longctx_layers.layers.ssm import (
     CONV_WIDTH,
     DiagonalSSM,
     SelectiveProjection,
-    gate_projection,
     gated_mean,
     no_conv,
 )
@@ -104,15 +103,24 @@ class DPASSM(WindowAttention):
         self.state_space: SelectiveProjection | DiagonalSSM | None = None
         if ssm == "selective":
             self.state_space = SelectiveProjection(self, ssm_state_dim)
-            self.skip = nn.Parameter(torch.ones(self.n_heads, **self.factory))
+            self.skip = nn.Parameter(torch.empty(self.n_heads, **self.factory))
         elif ssm == "diagonal":
             self.state_space = DiagonalSSM(self, ssm_state_dim)
         if ssm is not None:
-            self.gate_proj = gate_projection(self)
+            self.gate_proj = self.linear(d_model, self.n_heads * self.head_dim, bias=True)
             scale = 1.0 if fuse == "gate" else 0.0
             self.norm_s = HeadNorm(self.n_heads, self.head_dim, scale, **self.factory)
             if fuse == "gate":
                 self.norm_o = HeadNorm(self.n_heads, self.head_dim, **self.factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew; the gate begins with equal weight for both paths."""
+        super().reset_parameters()
+        if self.ssm is not None:
+            nn.init.zeros_(self.gate_proj.weight)
+        if self.ssm == "selective":
+            nn.init.ones_(self.skip)
 
     def fields(self) -> dict[str, Field]:
         channels = 0

@@ -75,6 +75,7 @@ class Longformer(WindowAttention):
             device=device,
             dtype=dtype,
         )
+        self.reset_parameters()
 
     def mix(
         self, x: Tensor, state: Any, segments: Segments | None

@@ -40,17 +40,21 @@ class SelectiveProjection(nn.Module):
         self.n_heads, self.head_dim, self.state_dim = layer.n_heads, layer.head_dim, state_dim
         self.in_proj = layer.linear(layer.d_model, self.channels)
         self.dt_proj = layer.linear(layer.d_model, layer.n_heads)
-        bound = CONV_WIDTH**-0.5
         self.conv = nn.Parameter(torch.empty(self.channels, CONV_WIDTH, **layer.factory))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads, **layer.factory))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads, **layer.factory))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the convolution and the steps anew, and set the time scales."""
+        bound = CONV_WIDTH**-0.5
         nn.init.uniform_(self.conv, -bound, bound)
-        span = torch.empty(layer.n_heads, **{**layer.factory, "dtype": torch.float64})
-        dt = torch.exp(span.uniform_(math.log(1e-3), math.log(1e-1)))
-        scale = torch.logspace(
-            math.log10(16), math.log10(16384), layer.n_heads, dtype=dt.dtype, device=dt.device
-        )
+        dt = torch.empty_like(self.dt_bias, dtype=torch.float32)
+        dt = dt.uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        scale = torch.logspace(math.log10(16), math.log10(16384), self.n_heads, device=dt.device)
         # softplus inverted; and 1 / (exp(A_log) dt) = scale.
-        self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(self.conv.dtype))
-        self.A_log = nn.Parameter(-torch.log(scale * dt).to(self.conv.dtype))
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log.copy_(-torch.log(scale * dt))
 
     @property
     def channels(self) -> int:
@@ -109,11 +113,14 @@ class DiagonalSSM(nn.Module):
         super().__init__()
         self.B_proj = layer.linear(layer.d_model, state_dim)
         self.C_proj = layer.linear(state_dim, layer.n_heads * layer.head_dim)
-        scale = torch.logspace(
-            0, math.log10(4096), state_dim, dtype=torch.float64, device=layer.factory["device"]
-        )
-        # alpha = exp(-exp(log_rate)) = exp(-1 / scale)
-        self.log_rate = nn.Parameter(-torch.log(scale).to(self.B_proj.weight.dtype))
+        self.log_rate = nn.Parameter(torch.empty(state_dim, **layer.factory))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the time scales; the projections are the layer's affair."""
+        rate = self.log_rate
+        scale = torch.logspace(0, math.log10(4096), len(rate), device=rate.device)
+        rate.copy_(-torch.log(scale))  # alpha = exp(-exp(log_rate)) = exp(-1 / scale)
 
     def forward(
         self, u: Tensor, initial: Tensor | None, segments: Segments | None
@@ -136,10 +143,3 @@ def no_conv(x: Tensor) -> Tensor:
 def gated_mean(gate: Tensor, o: Tensor, s: Tensor) -> Tensor:
     """`g * o + (1 - g) * s`."""
     return s + gate * (o - s)
-
-
-def gate_projection(layer: AttentionLayer) -> nn.Linear:
-    """The fusion gate's projection: zero at first, so that both paths begin with equal weight."""
-    gate = layer.linear(layer.d_model, layer.n_heads * layer.head_dim, bias=True)
-    nn.init.zeros_(gate.weight)
-    return gate

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longctx_layers.layers.base import AttentionLayer, Projection
 from longctx_layers.layers.state import Field
@@ -46,13 +47,14 @@ class WindowAttention(AttentionLayer):
         self.window_size, self.n_global_tokens = window_size, n_global_tokens
         self.global_k_proj = self.global_v_proj = None
         if n_global_tokens:
-            self.global_k_proj = self._copied(self.k_proj)
-            self.global_v_proj = self._copied(self.v_proj)
+            self.global_k_proj, self.global_v_proj = deepcopy(self.k_proj), deepcopy(self.v_proj)
 
-    def _copied(self, source: nn.Linear) -> nn.Linear:
-        copy = self.linear(source.in_features, source.out_features, source.bias is not None)
-        copy.load_state_dict(source.state_dict())
-        return copy
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew; the global projections begin as copies of the local ones."""
+        super().reset_parameters()
+        if self.global_k_proj is not None and self.global_v_proj is not None:
+            self.global_k_proj.load_state_dict(self.k_proj.state_dict())
+            self.global_v_proj.load_state_dict(self.v_proj.state_dict())
 
     def fields(self) -> dict[str, Field]:
         shape = (self.n_global_tokens, self.n_kv_heads, self.head_dim)
