@@ -1,0 +1,51 @@
+"""Drop-in causal attention layers for long sequences, with explicit state that streams exactly.
+
+from longctx_layers import DPASSM
+layer = DPASSM(d_model=256, n_heads=4, window_size=128)
+y, state = layer(x)                   # x, y: [batch, length, 256]
+y2, state = layer(more, state)        # goes on where the first call stopped
+"""
+
+from importlib.metadata import version as _version
+
+from longctx_layers import ops
+from longctx_layers.config import ModelConfig
+from longctx_layers.layers import (
+    BLADE,
+    DPASSM,
+    LAYERS,
+    BigBird,
+    CausalAttention,
+    Longformer,
+    Projection,
+    build_layer,
+    detach_state,
+    select_rows,
+    state_to,
+)
+from longctx_layers.model import LongContextLM
+from longctx_layers.ops import explain, use_backend
+from longctx_layers.sizes import create_model
+
+__version__ = _version("longctx-layers")
+
+__all__ = [
+    "DPASSM",
+    "BLADE",
+    "Longformer",
+    "BigBird",
+    "CausalAttention",
+    "LAYERS",
+    "build_layer",
+    "Projection",
+    "detach_state",
+    "select_rows",
+    "state_to",
+    "create_model",
+    "ModelConfig",
+    "LongContextLM",
+    "ops",
+    "explain",
+    "use_backend",
+    "__version__",
+]

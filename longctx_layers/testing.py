@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longctx_layers.layers import AttentionLayer, build_layer
+from longctx_layers.config import ModelConfig
+from longctx_layers.layers import AttentionLayer, build_layer, layer_options
+from longctx_layers.model import LongContextLM
 
 # Every layer of the registry with each of its options, small enough for a property test.
 LAYER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,12 +66,32 @@ def small_layer(
     """A layer of `LAYER_CASES` with all of its parameters random, so that no path is silent."""
     name, given = LAYER_CASES[case]
     generator = torch.Generator().manual_seed(seed)
-    layer = build_layer(name, d_model, n_heads, dtype=dtype, **{**given, **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = build_layer(name, d_model, n_heads, dtype=dtype, **{**given, **options})
     with torch.no_grad():
         for parameter in layer.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(0.3 * noise.to(dtype))
     return layer
+
+
+def small_model(
+    *pattern: str, dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any
+) -> LongContextLM:
+    """A model of these blocks, narrow windows and chunks, and all of its parameters random."""
+    options = {"window_size": 5, "chunk_size": 4, "ssm_state_dim": 3, "state_dim": 3}
+    given = {name: {k: options[k] for k in layer_options(name) if k in options} for name in pattern}
+    shape = {"vocab_size": 13, "d_model": 16, "n_heads": 4, "n_layers": 2, "ffn_dim": 24}
+    shape["n_layers"] = max(shape["n_layers"], len(pattern))
+    chosen = {**shape, "pattern": pattern, "block_kwargs": given, **config}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LongContextLM(ModelConfig(**chosen), dtype=dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:

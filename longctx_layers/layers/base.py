@@ -211,9 +211,13 @@ class AttentionLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The layer's hyperparameters, as torch's own modules show theirs."""
-        shown = {"d_model": self.d_model, "n_heads": self.n_heads}
+        shown: dict[str, Any] = {"d_model": self.d_model, "n_heads": self.n_heads}
         if self.n_kv_heads != self.n_heads:
             shown["n_kv_heads"] = self.n_kv_heads
+        if self.rope_base != 10000.0:
+            shown["rope_base"] = self.rope_base
+        if self.dropout:
+            shown["dropout"] = self.dropout
         shown |= self.options()
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 

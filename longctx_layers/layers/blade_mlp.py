@@ -88,8 +88,10 @@ class MlpUpdate(nn.Module):
             renewed = torch.where((start == end)[:, None], 0, self.update(total, end - origin))
             h = torch.where(over[:, None], renewed, h)
             total = torch.where(over[:, None], 0, total)
-        # Every parameter gets a gradient, even where no chunk was ever finished.
-        outputs[-1] = outputs[-1] + 0 * renewed.sum().to(outputs[-1].dtype)
+        # Every parameter gets a gradient, even where no chunk was ever finished. By way of the
+        # parameters, not of `renewed`: 0 times a row's NaN would be every row's.
+        unused = sum(p.sum() for p in (*self.hidden.parameters(), *self.out.parameters()))
+        outputs[-1] = outputs[-1] + 0 * unused
 
         row = number * layer.chunk_size + index - offset.gather(1, number)
         row = row.clamp(0, chunks * layer.chunk_size - 1)[..., None, None]

@@ -14,13 +14,14 @@ from longctx_layers.ops.checks import expect_dtype, expect_shape
 def check_input(name: str, x: Tensor, d_model: int, weight: Tensor) -> None:
     """Raise unless x is `[B, T, d_model]` in the dtype and on the device of the parameters."""
     expect_shape(f"{name}: x", x, (None, None, d_model), "[B, T, d_model]")
-    if weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-        expect_dtype(f"{name}: x", x, weight.dtype)
     if x.device != weight.device:
         raise ValueError(
             f"{name}: x: expected a tensor on {weight.device}, as the parameters, got one on "
             f"{x.device}; move one of them with .to(...)"
         )
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    if weight.is_floating_point() and not autocast:
+        expect_dtype(f"{name}: x", x, weight.dtype)
 
 
 def check_segment_ids(name: str, segment_ids: Tensor, x: Tensor) -> None:

@@ -142,7 +142,7 @@ def tail(x: Tensor, size: int, segments: Segments | None, first: Tensor | None =
     first = segments.next_start() if first is None else first
     index = segments.length[:, None] + torch.arange(-size, 0, device=x.device)
     at = (index + (total - length)).clamp(min=0)
-    flat = x.reshape(len(x), total, -1)
+    flat = x.flatten(2)
     kept = flat.gather(1, at[..., None].expand(-1, -1, flat.shape[2]))
     kept = torch.where((index >= first[:, None])[..., None], kept, 0)
     return kept.view(len(x), size, *x.shape[2:])

@@ -319,10 +319,10 @@ def _blocks(
         x = F.pad(x, (0, 0, 0, pad), value=value).unflatten(2, (blocks, block))
         return x.expand(batch, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
 
-    # Queries that pad the last block see the last key: no row is ever empty.
+    # Queries that pad the last block see some keys too: no row is ever empty.
     i = torch.arange(blocks * block, device=q.device).unflatten(0, (blocks, block))
     j = i[:, :1] + torch.arange(-before * block, block, device=q.device)
-    first = F.pad(first, (0, pad), value=length - 1).unflatten(1, (blocks, block))
+    first = F.pad(first, (0, pad)).unflatten(1, (blocks, block))
     mask = (j[:, None] >= first[..., None]) & (j[:, None] <= i[..., None])
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     if far is not None:

@@ -111,7 +111,7 @@ def _aligned_blocks(
     before, _ = tiles.before(readable, added)
     y = read(tiles.C, before, tiles.sums, None).flatten(1, 2)[:, front : front + length]
     fade = tiles.total[:, -1, :, None, None].exp().to(added.dtype)
-    return y, (before[:, -1] * fade, added[:, -1])
+    return y, (before[:, -1] * fade, added[:, -1].clone())  # a view would keep all of `added`
 
 
 def _block_one(

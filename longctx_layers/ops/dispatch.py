@@ -126,6 +126,8 @@ class Operation:
         if not torch.compiler.is_compiling() and _record is not None:
             _record.extend(self.choices(*args, backend=backend, **kwargs))
         run = self._select(args, kwargs, _forced if backend is None else backend)
+        if args[0].device.type == "meta":  # autocast does not know it
+            return run(*args, **kwargs)
         # Operations choose their own precision (states and decays in float32); autocast must not.
         with torch.autocast(args[0].device.type, enabled=False):
             return run(*args, **kwargs)

@@ -114,16 +114,22 @@ def _invariant_tiles(u: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
 def _varying_tiles(u: Tensor, log_decay: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Within tiles from a zero state, by doubling: log2(tile) steps over all tokens at once."""
     tile = u.shape[2]
+    # Decays over many tokens come from sums of logarithms: products of rounded ones drift.
+    sums = segment_sums(log_decay.mT).mT
     decay = torch.exp(log_decay)
+    alive = torch.ones_like(decay, dtype=torch.bool)
     if starts is not None:
         begins = torch.arange(starts.numel() // starts.shape[0], device=u.device)
-        decay = torch.where((starts == begins.view(starts.shape[1:]))[..., None], 0, decay)
+        alive = (starts != begins.view(starts.shape[1:]))[..., None].expand_as(decay)
+        decay = torch.where(alive, decay, 0)
     step = 1
     while step < tile:
         shifted = F.pad(u[:, :, :-step], (0, 0, step, 0))
         u = u + decay * shifted
-        decay = decay * F.pad(decay[:, :, :-step], (0, 0, step, 0), value=1.0)
+        alive = alive & F.pad(alive[:, :, :-step], (0, 0, step, 0), value=True)
         step *= 2
+        behind = F.pad(sums[:, :, :-step], (0, 0, min(step, tile), 0))
+        decay = torch.where(alive, (sums - behind).exp().to(u.dtype), 0)
     return u, decay
 
 
@@ -166,8 +172,8 @@ def carry(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence across tiles, `h_c = exp(log_total_c) * h_{c-1} + states_c`, without a loop.
 
-    Two levels of about sqrt(n) tiles each, so that time and memory stay far below n squared and
-    no loop depends on the length (torch.compile traces it with a dynamic one).
+    Two levels of about sqrt(n) tiles each (32 in a compiled graph), so that time and memory stay
+    far below n squared, and no loop depends on the length: torch.compile takes a dynamic one.
 
     Args:
         states: what each tile adds, `[B, n, H, K]`.
@@ -184,7 +190,8 @@ def carry(
     log_total = F.pad(log_total, (0, 0, 1, 0))
     first = None if first is None else F.pad(first + 1, (1, 0)).clamp(min=0)
     tiles = states.shape[1]
-    group = torch.sym_int(torch.sym_sqrt(tiles))
+    # A traced length gets a constant, since symbolic roots take the compiler minutes.
+    group = 32 if torch.compiler.is_compiling() else math.isqrt(tiles)
     groups = -(-tiles // group)
     pad = groups * group - tiles
     states = F.pad(states, (0, 0, 0, 0, 0, pad)).unflatten(1, (groups, group))
@@ -210,7 +217,8 @@ def carry(
     fade = sums.exp().to(states.dtype) * reach[:, :, None]
     after = inside + fade[..., None] * across.transpose(1, 2)[..., None, :]
     after = after.transpose(2, 3).flatten(1, 2)
-    return after[:, : tiles - 1], after[:, tiles - 1]
+    # A copy: as a view, the final state would keep all of them alive.
+    return after[:, : tiles - 1], after[:, tiles - 1].clone()
 
 
 _operation.register("reference")(reference.diagonal_scan)

@@ -1,0 +1,155 @@
+"""What a model is made of: all that is needed to build it, and nothing about running it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+from longctx_layers.layers import LAYERS, Projection
+from longctx_layers.ops.checks import expect_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a `LongContextLM`.
+
+    Attributes:
+        vocab_size: number of token ids.
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        n_heads: query heads of every block; divides d_model.
+        ffn_dim: hidden width of every block's SwiGLU.
+        pattern: names of `LAYERS`, cycled over depth: `("dpassm",)` makes every block a DPASSM,
+            `("dpassm", "dpassm", "vanilla")` every third one full attention.
+        block_kwargs: options of the layers by block name, `{"dpassm": {"window_size": 128}}`. Where
+            the pattern has one name only, the options alone will do: `{"window_size": 128}`.
+            Stored by name.
+        tie_embeddings: whether the head's weight is the embedding's (one parameter, counted once).
+        dropout: of the embedding and of every residual branch, in training only; the layers get it
+            as their `dropout`, unless block_kwargs has another.
+        norm_eps: of the model's own RMSNorms.
+
+    Raises:
+        ValueError, TypeError: for sizes below 1, a dropout outside [0, 1), unknown block names,
+            options for a block that the pattern lacks.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    ffn_dim: int
+    pattern: tuple[str, ...] = ("dpassm",)
+    block_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "ffn_dim"):
+            expect_positive(name, getattr(self, name))
+        if not isinstance(self.tie_embeddings, bool):
+            raise TypeError(
+                f"tie_embeddings: expected a bool, got {self.tie_embeddings!r}; pass True or False"
+            )
+        for name in ("dropout", "norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}; change it")
+        pattern = _checked_pattern(self.pattern, self.n_layers)
+        object.__setattr__(self, "pattern", pattern)
+        object.__setattr__(self, "block_kwargs", _by_block_name(self.block_kwargs, pattern))
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The block name of each layer, from the first to the last."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.n_layers))
+
+    def layer_options(self, index: int) -> dict[str, Any]:
+        """The options of layer `index`, with those that vary over depth unless they are given.
+
+        `chunk_shift` is 0 and half a chunk in turn, so that neighbouring chunks mix; `seed` is the
+        layer's index, so that no two layers draw the same random keys.
+        """
+        name = self.block_names[index]
+        accepted = inspect.signature(LAYERS[name]).parameters
+        options = {"dropout": self.dropout, **self.block_kwargs.get(name, {})}
+        if "chunk_shift" in accepted:
+            chunk_size = options.get("chunk_size", accepted["chunk_size"].default)
+            # In turn among the layers of this name: in a hybrid, they may all have even indices.
+            earlier = self.block_names[:index].count(name)
+            if isinstance(chunk_size, int):  # the layer itself refuses anything else
+                options.setdefault("chunk_shift", earlier % 2 * (chunk_size // 2))
+        if "seed" in accepted:
+            options.setdefault("seed", index)
+        return options
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain dicts, lists, numbers and strings: what `from_dict` reads."""
+        return {**asdict(self), "pattern": list(self.pattern)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The config that `to_dict` wrote.
+
+        Raises:
+            ValueError: for a key that is not a field, or a field without a default that is missing.
+        """
+        valid = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(valid))
+        if unknown:
+            raise ValueError(
+                f"ModelConfig: expected keys out of {valid}, got also {unknown}; remove or rename "
+                "them, or install the version of longctx_layers that knows them"
+            )
+        required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ValueError(f"ModelConfig: expected keys {missing}, which are missing; add them")
+        return cls(**values)
+
+
+def _checked_pattern(pattern: Any, n_layers: int) -> tuple[str, ...]:
+    if isinstance(pattern, str):
+        pattern = (pattern,)
+    pattern = tuple(pattern)
+    unknown = [name for name in pattern if name not in LAYERS]
+    if unknown or not pattern:
+        raise ValueError(
+            f"pattern: expected block names out of {list(LAYERS)}, got {list(pattern)}; "
+            "use one or more of these names"
+        )
+    if len(pattern) > n_layers:
+        raise ValueError(
+            f"pattern: expected at most n_layers = {n_layers} names, got {len(pattern)}; "
+            "shorten it, or add layers: some blocks would be left out"
+        )
+    return pattern
+
+
+def _by_block_name(block_kwargs: Any, pattern: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    if not isinstance(block_kwargs, Mapping):
+        raise TypeError(
+            f"block_kwargs: expected a dict of options, got {block_kwargs!r}; "
+            "pass e.g. {'window_size': 128}"
+        )
+    names = sorted(set(pattern))
+    if len(names) == 1 and not set(block_kwargs) <= set(LAYERS):
+        block_kwargs = {names[0]: block_kwargs}
+    if not set(block_kwargs) <= set(names) or not all(
+        isinstance(options, Mapping) for options in block_kwargs.values()
+    ):
+        raise ValueError(
+            f"block_kwargs: expected a dict of options for each of {names}, got "
+            f"{dict(block_kwargs)}; give them by block name, {{{names[0]!r}: {{...}}}}"
+        )
+    return {name: _with_projection(dict(given)) for name, given in block_kwargs.items()}
+
+
+def _with_projection(options: dict[str, Any]) -> dict[str, Any]:
+    # As JSON has it, a dict.
+    if isinstance(options.get("projection"), Mapping):
+        options["projection"] = Projection(**options["projection"])
+    return options

@@ -1,0 +1,171 @@
+"""Models in a folder: `config.json` and `model.safetensors`, and no pickle."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longctx_layers.config import ModelConfig
+
+if TYPE_CHECKING:
+    from longctx_layers.model import LongContextLM
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+FORMAT, FORMAT_VERSION = "longctx_layers", 1
+
+
+def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> None:
+    """Write the model's config and weights into a folder, which is made if it is missing.
+
+    Each file is written beside its place and then moved there, so that an interruption leaves
+    either the old file or the new one, and never a part.
+
+    Args:
+        model: the language model; its weights are written in their own dtypes.
+        directory: the folder. Files of these two names in it are replaced.
+
+    Raises:
+        TypeError: if an option of a block cannot be written as JSON.
+    """
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": _library_version(),
+        "model": model.config.to_dict(),
+    }
+    try:
+        text = json.dumps(content, indent=2) + "\n"
+    except TypeError as error:
+        raise TypeError(
+            f"save_pretrained: expected block_kwargs of numbers, strings, lists and dicts, got "
+            f"{content['model']['block_kwargs']}; {error}"
+        ) from error
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    with _replacing(folder / WEIGHTS_FILE) as path:
+        save_file(weights, path)
+    with _replacing(folder / CONFIG_FILE) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def from_pretrained(
+    cls: type[LongContextLM],
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LongContextLM:
+    """The model that `save_pretrained` wrote, in evaluation mode.
+
+    Args:
+        directory: the folder.
+        device: where the weights go; the CPU by default.
+        dtype: what floating-point weights become; by default they stay as they were saved.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its two files is missing.
+        ValueError: if the config is another program's, of a later format, or has unknown keys; if
+            the weights are damaged, or do not fit the config.
+    """
+    folder = Path(directory)
+    config = _read_config(_existing(folder / CONFIG_FILE))
+    weights = _read_weights(_existing(folder / WEIGHTS_FILE), device)
+    model = cls(config, device="meta")
+    _check_fit(weights, model.state_dict(), folder)
+    model.load_state_dict(weights, assign=True)
+    if dtype is not None:
+        model.to(dtype)
+    return model.eval()
+
+
+def _library_version() -> str:
+    try:
+        return importlib.metadata.version("longctx-layers")
+    except importlib.metadata.PackageNotFoundError:  # imported from a checkout, not installed
+        return "unknown"
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    # In the same folder: only within one file system is the move atomic.
+    path = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        yield path
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, target)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.parent.is_dir():
+        problem = "there is no such folder"
+    else:
+        problem = f"the folder has {sorted(p.name for p in path.parent.iterdir())[:20]}"
+    raise FileNotFoundError(
+        f"from_pretrained: expected the file {path}, but {problem}; "
+        "pass the folder that save_pretrained wrote"
+    )
+
+
+def _read_config(path: Path) -> ModelConfig:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path}: expected JSON, got {error}; save the model again") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT or not isinstance(content.get("model"), dict):
+        raise ValueError(
+            f"{path}: expected a config with 'format': {FORMAT!r} and a 'model', got "
+            f"{list(content)[:20] if isinstance(content, dict) else type(content).__name__}; "
+            "it is another program's: pass the folder that save_pretrained wrote"
+        )
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: expected format version {FORMAT_VERSION}, got "
+            f"{content.get('format_version')!r}, written by longctx_layers "
+            f"{content.get('library_version')}; install that version or a later one"
+        )
+    return ModelConfig.from_dict(content["model"])
+
+
+def _read_weights(path: Path, device: torch.device | str | None) -> dict[str, Tensor]:
+    try:
+        return load_file(path, device=str(device or "cpu"))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected whole safetensors weights, got: {error}; "
+            "the file is damaged or cut short: copy or save it again"
+        ) from error
+
+
+def _check_fit(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:
+    missing = sorted(expected.keys() - weights.keys())
+    surplus = sorted(weights.keys() - expected.keys())
+    shapes = [
+        f"{name}: {list(weights[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    problems = {"missing": missing, "not in the model": surplus, "of another shape": shapes}
+    found = [f"{len(names)} {what} ({names[0]})" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"{folder}: expected the {len(expected)} weights that {CONFIG_FILE} describes, got "
+            f"weights {', '.join(found)}; the two files are of different models: save them again"
+        )

@@ -1,0 +1,16 @@
+"""What every test starts from: hypothesis profiles and the number of torch's threads."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+# No deadlines: no test asserts a time. "fast" draws the same examples on every run, so that a red
+# test is the change's fault; "slow" (`make test-slow`) draws new ones on each.
+settings.register_profile("fast", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("slow", deadline=None, max_examples=500, print_blob=True)
+settings.load_profile("fast")
+
+# Parallel tests already use every core; torch's own threads on top would only fight over them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)

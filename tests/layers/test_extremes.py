@@ -1,0 +1,80 @@
+"""No NaN and no loss at the edges: extreme decays and inputs, no token and one token."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from longctx_layers import use_backend
+from longctx_layers.testing import LAYER_CASES, small_layer
+
+CASES = pytest.mark.parametrize("case", LAYER_CASES)
+DECAY_CASES = [c for c in LAYER_CASES if c.startswith(("dpassm", "blade"))]
+
+
+def assert_finite(*tensors):
+    for tensor in tensors:
+        assert torch.isfinite(tensor).all()
+
+
+def assert_finite_results(layer, x):
+    """Outputs, state, and the gradients of x and all parameters."""
+    x = x.detach().requires_grad_()
+    y, state = layer(x)
+    assert_finite(y, *state, *torch.autograd.grad(y.sum(), [x, *layer.parameters()]))
+
+
+@pytest.mark.parametrize("case", DECAY_CASES)
+@pytest.mark.parametrize("name", ["A_log", "dt_bias", "log_rate"])
+@pytest.mark.parametrize("values", [[30.0, 30.0], [-30.0, -30.0], [30.0, -30.0], [12.0, 3.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_decays(case, name, values, dtype):
+    layer = small_layer(case, dtype=dtype)
+    with torch.no_grad():
+        for parameter in (p for n, p in layer.named_parameters() if n.endswith(name)):
+            parameter.copy_(torch.tensor(values).repeat(len(parameter))[: len(parameter)])
+    x = torch.randn(2, 150, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert_finite_results(layer, x)
+    y, final = layer(x)
+    first, state = layer(x[:, :71])
+    second, state = layer(x[:, 71:], state)
+    exact = 1e-8 if dtype == torch.float64 else 1e-3
+    with use_backend("reference"):
+        assert_close((y, final), layer(x), rtol=exact, atol=exact)
+    assert_close((torch.cat([first, second], 1), state), (y, final), rtol=exact, atol=exact)
+
+
+@CASES
+def test_no_token(case):
+    layer = small_layer(case)
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    empty, ids = x[:, :0], torch.zeros(2, 0, dtype=torch.int64)
+    _, state = layer(x)
+    for given in (None, state):
+        before = layer.init_state(2) if given is None else given
+        for segment_ids in (None, ids):
+            y, after = layer(empty, given, segment_ids=segment_ids)
+            assert y.shape == (2, 0, 16)
+            assert y.dtype == torch.float64
+            assert_close(after, before, rtol=0, atol=0)
+    assert layer(x[:0])[0].shape == (0, 7, 16)
+
+
+@CASES
+def test_one_token_sees_itself_alone(case):
+    layer = small_layer(case)
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    y, state = layer(x[:, :1])
+    assert y.shape == (2, 1, 16)
+    assert_close(y, layer(x)[0][:, :1])
+    assert state.position.tolist() == [1, 1]
+
+
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4])
+def test_huge_and_tiny_inputs(case, dtype, scale):
+    layer = small_layer(case, dtype=dtype)
+    x = scale * torch.randn(2, 80, 16, generator=torch.Generator().manual_seed(0))
+    assert_finite_results(layer, x.to(dtype))
+    _, state = layer(x[:, :40].to(dtype))
+    assert_finite(layer(x[:, 40:].to(dtype), state)[0])

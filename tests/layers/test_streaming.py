@@ -1,0 +1,96 @@
+"""The first promise: any split of a sequence gives the outputs, state and gradients of one pass."""
+
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from longctx_layers.layers import map_state
+from longctx_layers.testing import LAYER_CASES, small_layer
+
+FEWER = settings(max_examples=max(settings.default.max_examples * 2 // 5, 1))
+
+# Short pieces (none, too) behind one that may reach past a tile of 64 and BigBird's random keys.
+SPLITS = st.tuples(
+    st.sampled_from([1, 5, 64, 131]), st.lists(st.integers(0, 9), min_size=1, max_size=5)
+).map(lambda drawn: [drawn[0], *drawn[1]])
+
+
+def sized(case, size):
+    """The case's options with another window or chunk size; None keeps its own."""
+    own = LAYER_CASES[case][1]
+    if size is None:
+        return {}
+    changed = {"window_size": size, "chunk_size": size, "chunk_shift": size // 2}
+    return {name: value for name, value in changed.items() if name in own}
+
+
+def packed_ids(batch, length, seed):
+    """Random runs of three ids, with pads anywhere; odd seeds give long runs."""
+    generator = torch.Generator().manual_seed(seed)
+    change, pad = torch.rand(2, batch, length, generator=generator)
+    ids = (change < (0.01 if seed % 2 else 0.3)).cumsum(1) % 3
+    return torch.where(pad < 0.2, -1 - seed % 2, ids)
+
+
+def stream(layer, x, pieces, segment_ids=None):
+    """Outputs and final state of one call per piece, each of which leaves its state alone."""
+    ids = [None] * len(pieces) if segment_ids is None else segment_ids.split(pieces, 1)
+    ys, state = [], None
+    for part, part_ids in zip(x.split(pieces, 1), ids, strict=True):
+        before = None if state is None else map_state(torch.clone, state)
+        y, new = layer(part, state, segment_ids=part_ids)
+        assert_close(state, before, rtol=0, atol=0)
+        ys.append(y)
+        state = new
+    return torch.cat(ys, 1), state
+
+
+def gradients(layer, x, y, state):
+    """Of x and all parameters, through the outputs and through every float tensor of the state."""
+    generator = torch.Generator().manual_seed(9)
+    loss = 0
+    for result in (y, *(s for s in state if s.is_floating_point())):
+        weight = torch.randn(result.shape, generator=generator, dtype=torch.float64)
+        loss = loss + (result * weight.to(result.dtype)).sum()
+    return torch.autograd.grad(loss, [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("case", LAYER_CASES)
+@given(
+    pieces=SPLITS,
+    batch=st.integers(1, 3),
+    n_kv_heads=st.sampled_from([1, 2, 4]),
+    size=st.none() | st.integers(1, 20),
+    seed=st.integers(0, 999),
+    packed=st.booleans(),
+)
+@FEWER
+def test_any_split_streams_like_one_pass(case, pieces, batch, n_kv_heads, size, seed, packed):
+    layer = small_layer(case, n_kv_heads=n_kv_heads, **sized(case, size))
+    torch.manual_seed(seed)
+    x = torch.randn(batch, sum(pieces), 16, dtype=torch.float64, requires_grad=True)
+    ids = packed_ids(batch, sum(pieces), seed) if packed else None
+    y, final = layer(x, segment_ids=ids)
+    streamed, state = stream(layer, x, pieces, ids)
+    assert_close(streamed, y, rtol=1e-9, atol=1e-9)
+    assert_close(state, final, rtol=1e-9, atol=1e-9)
+    expected = gradients(layer, x, y, final)
+    assert_close(gradients(layer, x, streamed, state), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", LAYER_CASES)
+def test_a_saved_state_goes_on(case):
+    torch.manual_seed(0)
+    layer = small_layer(case)
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    _, state = layer(x[:, :7])
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert type(loaded) is layer.state_type
+    assert_close(layer(x[:, 7:], loaded), layer(x[:, 7:], state), rtol=0, atol=0)
