@@ -216,9 +216,9 @@ def carry(
     reach = first < index[:, :1]
     fade = sums.exp().to(states.dtype) * reach[:, :, None]
     after = inside + fade[..., None] * across.transpose(1, 2)[..., None, :]
-    after = after.transpose(2, 3).flatten(1, 2)
+    after = after.transpose(2, 3).flatten(1, 2)[:, :tiles]
     # A copy: as a view, the final state would keep all of them alive.
-    return after[:, : tiles - 1], after[:, tiles - 1].clone()
+    return after[:, :-1], after[:, -1].clone()
 
 
 _operation.register("reference")(reference.diagonal_scan)

@@ -1,0 +1,131 @@
+"""The demo's page and pictures."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+COLOURS = {"dpassm": "#0072B2", "window": "#D55E00"}
+LABELS = {"dpassm": "DPASSM (window and state)", "window": "window alone"}
+
+
+def _finish(figure: Any, axes: Any) -> bytes:
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def draw_loss_curves(metrics: dict[str, Any]) -> bytes:
+    """Training loss by step, smoothed over ten steps, as a PNG."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, result in metrics["models"].items():
+        losses = result["train_loss"]
+        smooth = [sum(losses[max(0, i - 9) : i + 1]) / min(10, i + 1) for i in range(len(losses))]
+        axes.plot(range(1, len(losses) + 1), smooth, color=COLOURS[name], label=LABELS[name])
+    axes.set(xlabel="training step", ylabel="training loss (nats per byte)")
+    axes.set_title("Same tokens, same number of parameters")
+    return _finish(figure, axes)
+
+
+def buckets(losses: list[float]) -> list[tuple[int, int, float]]:
+    """Mean loss over positions 1-16, 17-32, 33-64, ...: `(first, last, mean)`."""
+    found, low, high = [], 0, 16
+    while low < len(losses):
+        part = losses[low:high]
+        found.append((low + 1, low + len(part), sum(part) / len(part)))
+        low, high = high, 2 * high
+    return found
+
+
+def draw_positions(metrics: dict[str, Any]) -> bytes:
+    """Validation loss by position, as a PNG."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, result in metrics["models"].items():
+        rows = buckets(result["by_position"])
+        places = [(first * last) ** 0.5 for first, last, _ in rows]
+        means = [mean for _, _, mean in rows]
+        axes.plot(places, means, "o-", color=COLOURS[name], label=LABELS[name])
+    marks = {
+        metrics["reach"]: "reach of the\nstacked windows",
+        metrics["settings"]["sequence_length"]: "training\nlength",
+    }
+    axes.set_xscale("log", base=2)
+    top = axes.get_ylim()[1]
+    for place, label in marks.items():
+        axes.axvline(place, color="#555555", linestyle=":", linewidth=1)
+        axes.text(place * 1.06, top, label, fontsize=8, color="#555555", va="top")
+    axes.set(xlabel="position in the sequence (bytes)", ylabel="validation loss (nats per byte)")
+    axes.set_title("What memory beyond the window is worth")
+    return _finish(figure, axes)
+
+
+def page(metrics: dict[str, Any]) -> str:
+    """The Markdown page."""
+    gain, settings = metrics["window_minus_dpassm"], metrics["settings"]
+    seen = settings["steps"] * settings["batch_size"] * settings["sequence_length"]
+    rows = [
+        f"| {LABELS[name]} | {r['parameters']:,} | {r['loss']:.4f} | {r['bits_per_byte']:.3f} | "
+        f"{r['perplexity']:.3f} | {r['tokens_per_second']:,.0f} | {r['train_seconds']:.0f} | "
+        f"{r['state_bytes'][1000000]:,} |"
+        for name, r in metrics["models"].items()
+    ]
+    both = zip(
+        buckets(metrics["models"]["dpassm"]["by_position"]),
+        buckets(metrics["models"]["window"]["by_position"]),
+        strict=True,
+    )
+    positions = [
+        f"| {first} to {last} | {with_state:.3f} | {alone:.3f} | {alone - with_state:.3f} |"
+        for (first, last, with_state), (_, _, alone) in both
+    ]
+    return "\n".join(
+        [
+            "# A small DPASSM beside its window alone",
+            "",
+            f"`{metrics['command'].strip()}` on {metrics['machine']}. Both models saw the same "
+            f"{seen:,} bytes in "
+            f"sequences of {settings['sequence_length']}, with windows of "
+            f"{settings['window_size']}; validation is on {settings['validation_windows']} windows "
+            f"of {metrics['validation_length']:,} bytes out of files that neither saw.",
+            "",
+            "| model | parameters | validation loss (nats/byte) | bits/byte | perplexity/byte | "
+            "training tokens/s | training s | state bytes at 1,000,000 tokens |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Window minus DPASSM, paired: **{gain['mean']:.4f} nats per byte**, 95 % interval "
+            f"{gain['low']:.4f} to {gain['high']:.4f}. With DPASSM's state zeroed every "
+            f"{max(1, settings['sequence_length'] // 8)} bytes its loss is "
+            f"{metrics['models']['dpassm']['loss_state_zeroed']:.4f}. One pass and pieces of "
+            f"{settings['sequence_length']} differ by at most "
+            f"{metrics['largest_difference_in_pieces']:.1e} nats in any token.",
+            "",
+            "![training loss](loss_curves.png)",
+            "",
+            "![loss by position](loss_by_position.png)",
+            "",
+            "| position | DPASSM | window alone | gain |",
+            "|---|---|---|---|",
+            *positions,
+            "",
+            "Two hundred bytes that DPASSM wrote after a prompt out of a held-out file:",
+            "",
+            "```python",
+            (metrics["prompt"] + " ⟦model writes⟧ " + metrics["continuation"]).replace(
+                "```", "'''"
+            ),
+            "```",
+            "",
+        ]
+    )
