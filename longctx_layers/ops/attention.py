@@ -315,8 +315,9 @@ def _blocks(
     def lists(x: Tensor) -> Tensor:  # [B, G, L, F, P] -> [B * blocks, G, F, P]
         return x.expand(-1, -1, blocks, -1, -1).transpose(1, 2).flatten(0, 1)
 
-    def rows(x: Tensor, value: int) -> Tensor:  # [b, h, T, F] -> [B * blocks, h, block, F]
-        x = F.pad(x, (0, 0, 0, pad), value=value).unflatten(2, (blocks, block))
+    def rows(x: Tensor) -> Tensor:  # [b, h, T, F] -> [B * blocks, h, block, F]
+        # As integers: for a padded bool, inductor's CPU backend writes C++ that does not compile.
+        x = F.pad(x.to(torch.int32), (0, 0, 0, pad)).bool().unflatten(2, (blocks, block))
         return x.expand(batch, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
 
     # Queries that pad the last block see some keys too: no row is ever empty.
@@ -326,7 +327,7 @@ def _blocks(
     mask = (j[:, None] >= first[..., None]) & (j[:, None] <= i[..., None])
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     if far is not None:
-        far = FarKeys(cut(far.q), lists(far.k), lists(far.v), rows(far.mask, False), block)
+        far = FarKeys(cut(far.q), lists(far.k), lists(far.v), rows(far.mask), block)
     y = _attend(cut(q), gather(k), gather(v), mask, far, dropout_p, scale)
     return y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
