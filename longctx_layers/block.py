@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx_layers.layers import AttentionLayer
-
-INIT_STD = 0.02
+from longctx_layers.layers.base import draw_weight
 
 
 class SwiGLU(nn.Module):
@@ -31,9 +30,9 @@ class SwiGLU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: normal, std 0.02."""
+        """Draw the weights anew, as the layers do theirs."""
         for linear in (self.gate_proj, self.up_proj, self.down_proj):
-            nn.init.normal_(linear.weight, std=INIT_STD)
+            draw_weight(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, cast
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longctx_layers import generation, pretrained
-from longctx_layers.block import INIT_STD, Block
+from longctx_layers.block import Block
 from longctx_layers.config import ModelConfig
 from longctx_layers.layers import build_layer
+from longctx_layers.layers.base import draw_weight
 from longctx_layers.ops.checks import expect_choice, expect_positive, expect_shape
 
 IGNORED_LABEL = -100
@@ -70,8 +70,9 @@ class LongContextLM(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew, e.g. after `to_empty`.
 
-        Weights are normal with std 0.02, and with 0.02 / sqrt(2 n_layers) in the projections back
-        into the residual stream; what else a layer has is the layer's affair.
+        Weights are normal with std 1 / sqrt(inputs), those of the embedding with 1 / sqrt(d_model);
+        in the projections back into the residual stream, a sum over 2 n_layers branches, the std
+        is divided by sqrt(2 n_layers). What else a layer has is the layer's affair.
         """
         for block in self._blocks():
             block.reset_parameters()
@@ -80,14 +81,12 @@ class LongContextLM(nn.Module):
 
     def _init_ends(self) -> None:
         # Both ends of the model and of each branch; the rest has initialised itself.
-        nn.init.normal_(self.embedding.weight, std=INIT_STD)
+        draw_weight(self.embedding.weight)
         if self.head is not None:
-            nn.init.normal_(self.head.weight, std=INIT_STD)
+            draw_weight(self.head.weight)
         for block in self._blocks():
             for projection in (block.mixer.o_proj, block.ffn.down_proj):
-                # The residual stream is a sum over 2 n_layers branches.
-                std = INIT_STD / math.sqrt(2 * len(self.blocks))
-                nn.init.normal_(projection.weight, std=std)
+                draw_weight(projection.weight, scale=(2 * len(self.blocks)) ** -0.5)
 
     def forward(
         self,

@@ -225,18 +225,22 @@ def assert_initialised(model: LongContextLM) -> None:
     def std(module: nn.Module) -> float:
         return module.weight.std().item()
 
-    residual = 0.02 / (2 * len(model.blocks)) ** 0.5
-    assert std(model.embedding) == pytest.approx(0.02, rel=0.05)
-    assert std(model.head) == pytest.approx(0.02, rel=0.05)
+    def usual(module: nn.Module) -> float:
+        return module.weight.shape[1] ** -0.5
+
+    residual = (2 * len(model.blocks)) ** -0.5
+    assert std(model.embedding) == pytest.approx(usual(model.embedding), rel=0.05)
+    assert std(model.head) == pytest.approx(usual(model.head), rel=0.05)
     for block in model.blocks:
         assert torch.equal(block.mixer_norm.weight, torch.ones(model.config.d_model))
-        assert std(block.ffn.gate_proj) == pytest.approx(0.02, rel=0.05)
-        assert std(block.ffn.down_proj) == pytest.approx(residual, rel=0.05)
+        assert std(block.ffn.gate_proj) == pytest.approx(usual(block.ffn.gate_proj), rel=0.05)
+        expected = residual * usual(block.ffn.down_proj)
+        assert std(block.ffn.down_proj) == pytest.approx(expected, rel=0.05)
         for name, module in block.mixer.named_modules():
             if name == "gate_proj":  # both paths count alike at first: the layer's own choice
                 assert not module.weight.any()
             elif isinstance(module, nn.Linear):
-                expected = residual if name == "o_proj" else 0.02
+                expected = usual(module) * (residual if name == "o_proj" else 1)
                 assert std(module) == pytest.approx(expected, rel=0.1)
 
 

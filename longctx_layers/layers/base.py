@@ -16,7 +16,13 @@ from longctx_layers.layers.state import Field, Rows, arrange, tail
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
 from longctx_layers.ops.checks import expect_positive
 
-INIT_STD = 0.02
+
+def draw_weight(weight: Tensor, scale: float = 1.0) -> None:
+    """Draw `[outputs, inputs]` anew: normal, `std = scale / sqrt(inputs)`, which keeps a variance.
+
+    Source: LeCun et al., Efficient BackProp, 1998.
+    """
+    nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,10 @@ class AttentionLayer(nn.Module):
         return nn.Linear(inputs, outputs, bias=bias, **self.factory)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: projections normal, std 0.02; biases zero."""
+        """Draw all parameters anew: projections by `draw_weight`; biases zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=INIT_STD)
+                draw_weight(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif module is not self and hasattr(module, "reset_parameters"):

@@ -253,10 +253,11 @@ def _full(
     outputs = []
     for low in range(0, length, _FULL_BLOCK):
         high = min(low + _FULL_BLOCK, length)
+        part = far
         if far is not None:
-            far = FarKeys(far.q[:, :, low:high], far.k, far.v, far.mask[:, :, low:high], high - low)
+            part = far._replace(q=far.q[:, :, low:high], mask=far.mask[:, :, low:high])
         keys, values = k[:, :, : prefix + high], v[:, :, : prefix + high]
-        arguments = (q[:, :, low:high], keys, values, first[:, low:high], low, far)
+        arguments = (q[:, :, low:high], keys, values, first[:, low:high], low, part)
         if torch.is_grad_enabled() and length > _FULL_BLOCK:
             # Recomputed in the backward: what the blocks keep would add up to T x S.
             y = checkpoint(_one_block, *arguments, dropout_p, scale, use_reentrant=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,31 @@ def segment_sums(log_decay: Tensor) -> Tensor:
     return log_decay.to(wide).cumsum(-1)
 
 
+class _PreciseDifference(torch.autograd.Function):
+    """`reader_t - source_s` in a narrower dtype, with gradients summed in the inputs' float64.
+
+    The gradient of one token's decay is a small difference of large such sums.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(reader: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
+        return reader.to(dtype)[..., None] - source.to(dtype)[..., None, :]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.wide, ctx.dtype = inputs[0].dtype, inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient.sum(-1, dtype=ctx.wide), -gradient.sum(-2, dtype=ctx.wide), None
+
+    @staticmethod
+    def jvp(ctx: Any, reader: Tensor, source: Tensor, dtype: None) -> Tensor:
+        return reader.to(ctx.dtype)[..., None] - source.to(ctx.dtype)[..., None, :]
+
+
 def decay_between(reader: Tensor, source: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """`exp(reader_t - source_s)` where mask allows, else 0: `[..., T, S]`.
 
@@ -161,9 +187,8 @@ def decay_between(reader: Tensor, source: Tensor, mask: Tensor, dtype: torch.dty
         exponent = reader[..., None] - source[..., None, :]
     else:
         lead = reader.detach().to(dtype), source.detach().to(dtype)
-        rest = (reader - lead[0]).to(dtype), (source - lead[1]).to(dtype)
         exponent = lead[0][..., None] - lead[1][..., None, :]
-        exponent = exponent + (rest[0][..., None] - rest[1][..., None, :])
+        exponent = exponent + _PreciseDifference.apply(reader - lead[0], source - lead[1], dtype)
     return exponent.masked_fill(~mask, -math.inf).exp()
 
 

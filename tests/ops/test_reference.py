@@ -2,163 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch.testing import assert_close
 
-from longctx_layers.ops import (
-    FarKeys,
-    Segments,
-    block_ssd,
-    diagonal_scan,
-    sparse_attention,
-    ssd,
-)
-from longctx_layers.ops.segments import chunk_start
+from longctx_layers.ops import Segments
+from longctx_layers.testing import assert_within_budget
 
-# Around the edges of tiles and blocks.
-LENGTHS = st.sampled_from([1, 2, 5, 17, 63, 64, 65, 100, 129, 200])
-DIM, STATE = 4, 3
+NAMES = pytest.mark.parametrize("name", ["sparse_attention", "ssd", "block_ssd", "diagonal_scan"])
+# Around the edges of blocks (16 to 128), of tiles (64), and of those of full attention (256).
+EDGES = [1, 2, 5, 16, 17, 63, 64, 65, 127, 128, 129, 200, 255, 257]
+MANY = [511, 512, 513, 1025]
+FEWER = settings(max_examples=max(settings.default.max_examples * 2 // 5, 1))
+SIZES = st.sampled_from([1, 3, 15, 16, 17, 40, 64, 130])
 
 
 @st.composite
-def rows(draw: Any) -> tuple[int, int, Segments | None]:
-    """Batch size, length, and segments: packed, continued, padded at the right, or none."""
-    batch, length = draw(st.integers(1, 3)), draw(LENGTHS)
-    if draw(st.booleans()):
-        return batch, length, None
-    starts, counts = [], []
-    for _ in range(batch):
-        count = draw(st.integers(0, length))
-        # A row without tokens of its own can only go on where an earlier call stopped.
-        position = draw(st.integers(0 if count else 1, 20))
-        begins = draw(st.sets(st.integers(0, max(count - 1, 0)), max_size=6)) if count else set()
-        row, start = [], -position
-        for t in range(length):
-            start = t if t in begins else start
-            row.append(start)
-        starts.append(row)
-        counts.append(count)
-    return batch, length, Segments(torch.tensor(starts), torch.tensor(counts))
+def rows(draw: Any, length: int) -> tuple[int, int, set[int]]:
+    """A row's number of real tokens, those before the call, and where segments begin."""
+    count = draw(st.integers(0, length))
+    begins = draw(st.sets(st.integers(0, max(count - 1, 0)), max_size=6))
+    # A row of pads alone can only go on where an earlier call stopped.
+    return count, draw(st.integers(0 if count else 1, 20)), begins if count else set()
 
 
-def tensors(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+@st.composite
+def chunks(draw: Any) -> dict[str, int]:
+    size = draw(SIZES)
+    return {"chunk_size": size, "chunk_shift": draw(st.integers(0, size - 1))}
 
 
-def flat(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    return [x for part in result for x in flat(part)]
+@st.composite
+def cases(draw: Any, name: str, lengths: list[int]) -> dict[str, Any]:
+    """Plain numbers from which `build` makes a call."""
+    batch, length = draw(st.integers(1, 3)), draw(st.sampled_from(lengths))
+    packed = st.lists(rows(length), min_size=batch, max_size=batch)
+    case = {"batch": batch, "length": length, "rows": draw(st.none() | packed)}
+    case |= {"seed": draw(st.integers(0, 99)), "options": {}}
+    if name == "block_ssd":
+        case["options"] = draw(chunks())
+    if name == "sparse_attention":
+        options = {"window_size": draw(st.none() | SIZES), **draw(chunks() | st.just({}))}
+        case["options"] = {**options, "scale": draw(st.sampled_from([None, 0.7]))}
+        case["groups"] = draw(st.sampled_from([1, 2, 4]))
+        case["prefix"] = draw(st.sampled_from([0, 3, 40]))
+        one_list = options == {"window_size": None}
+        blocks = st.just(length) if one_list else st.sampled_from([5, 16, 64, 9999])
+        masks = st.sampled_from([(1, 1), (batch, 1), (1, case["groups"])])
+        densities = st.sampled_from([0.0, 0.5, 1.0])
+        case["far"] = draw(st.none() | st.tuples(st.integers(1, 3), blocks, masks, densities))
+    else:
+        case["strength"] = draw(st.sampled_from([0.01, 1.0, 30.0]))
+        case["invariant"] = draw(st.booleans())
+    return case
 
 
-def assert_equal_backends(
-    call: Callable[..., Any], inputs: list[Tensor], real: Tensor | None
-) -> None:
-    """Outputs at real tokens, final states, and gradients of every input."""
-    found = []
-    for backend in ("reference", "torch"):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        outputs = flat(call(*leaves, backend=backend))
-        if real is not None:
-            mask = real.view(*real.shape, *[1] * (outputs[0].dim() - real.dim()))
-            outputs[0] = torch.where(mask, outputs[0], 0)
-        weights = tensors(1, *(tuple(x.shape) for x in outputs))
-        loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        found.append([*outputs, *gradients])
-    for expected, actual in zip(*found, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+def build(bench: Any, name: str, case: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Inputs and options of the call."""
+    batch, length, options = case["batch"], case["length"], dict(case["options"])
+    shape = {n: case[n] for n in ("groups", "prefix") if n in case}
+    tensors = bench.inputs(name, batch, length, seed=case["seed"], dtype=dtype, **shape)
+    for key in {"dt", "log_decay"} & set(tensors):
+        tensors[key] *= case["strength"]
+    if "log_decay" in tensors and case["invariant"]:
+        tensors["log_decay"] = tensors["log_decay"][0, 0]
+    if case.get("far") is not None:
+        count, options["block"], mask, density = case["far"]
+        generator = torch.Generator().manual_seed(case["seed"])
+        lists = (batch, case["groups"], -(-length // options["block"]), count, 3)
+        far = {"far.q": (batch, 4, length, 3), "far.k": lists, "far.v": lists}
+        tensors |= {n: torch.randn(s, generator=generator).to(dtype) for n, s in far.items()}
+        options["mask"] = torch.rand(*mask, length, count, generator=generator) < density
+    if case["rows"] is not None:
+        starts = [
+            [max((b for b in begins if b <= t), default=-position) for t in range(length)]
+            for _, position, begins in case["rows"]
+        ]
+        counts = [count for count, _, _ in case["rows"]]
+        options["segments"] = Segments(torch.tensor(starts), torch.tensor(counts))
+    return tensors, options
 
 
-def real_tokens(segments: Segments | None) -> Tensor | None:
-    return None if segments is None else segments.real()
+def assert_equal_in_float64(bench: Any, name: str, case: dict[str, Any]) -> None:
+    tensors, options = build(bench, name, case, torch.float64)
+    actual = bench.results(name, tensors, **options)
+    expected = bench.results(name, tensors, **options, backend="reference")
+    assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-@given(rows(), st.sampled_from([0.1, 1.0, 30.0]), st.integers(0, 99))
-def test_ssd(shape, step, seed):
-    batch, length, segments = shape
-    x, dt, A, B, C, h = tensors(
-        seed, (batch, length, 2, DIM), (batch, length, 2), (2,),
-        (batch, length, STATE), (batch, length, STATE), (batch, 2, DIM, STATE),
-    )  # fmt: skip
-
-    def call(x, dt, A, B, C, h, backend):
-        return ssd(x, dt, A, B, C, initial_state=h, segments=segments, backend=backend)
-
-    inputs = [x, dt.abs() * step, -A.abs(), B, C, h]
-    assert_equal_backends(call, inputs, real_tokens(segments))
+@NAMES
+@given(data=st.data())
+def test_equal_in_float64(bench, name, data):
+    assert_equal_in_float64(bench, name, data.draw(cases(name, EDGES)))
 
 
-@given(rows(), st.integers(1, 130), st.integers(0, 129), st.integers(0, 99))
-def test_block_ssd(shape, size, shift, seed):
-    batch, length, segments = shape
-    shift %= size
-    x, dt, A, B, C, h, pending = tensors(
-        seed, (batch, length, 2, DIM), (batch, length, 2), (2,), (batch, length, STATE),
-        (batch, length, STATE), (batch, 2, DIM, STATE), (batch, 2, DIM, STATE),
-    )  # fmt: skip
-    if segments is not None:
-        # Nothing is pending at a boundary.
-        first = torch.minimum(segments.start[:, 0], torch.tensor(0))
-        boundary = chunk_start(torch.zeros_like(first), first, size, shift) == 0
-        pending = torch.where(boundary[:, None, None, None], 0, pending)
-
-    def call(x, dt, A, B, C, h, pending, backend):
-        return block_ssd(
-            x, dt, A, B, C, chunk_size=size, chunk_shift=shift, initial_state=(h, pending),
-            segments=segments, backend=backend,
-        )  # fmt: skip
-
-    inputs = [x, dt.abs(), -A.abs(), B, C, h, pending]
-    assert_equal_backends(call, inputs, real_tokens(segments))
+@NAMES
+@given(data=st.data())
+@settings(max_examples=4)
+def test_equal_in_float64_over_many_tiles(bench, name, data):
+    assert_equal_in_float64(bench, name, data.draw(cases(name, MANY)))
 
 
-@given(rows(), st.booleans(), st.sampled_from([0.1, 1.0, 10.0]), st.integers(0, 99))
-def test_diagonal_scan(shape, invariant, strength, seed):
-    batch, length, segments = shape
-    decay_shape = (STATE,) if invariant else (batch, length, STATE)
-    u, decay, h = tensors(seed, (batch, length, STATE), decay_shape, (batch, STATE))
-
-    def call(u, decay, h, backend):
-        return diagonal_scan(u, decay, initial_state=h, segments=segments, backend=backend)
-
-    assert_equal_backends(call, [u, -strength * decay.abs(), h], real_tokens(segments))
-
-
-@given(
-    rows(),
-    st.sampled_from([1, 2, 4]),
-    st.sampled_from([0, 3, 40]),
-    st.sampled_from([None, 1, 3, 16, 40, 150]),
-    st.sampled_from([None, 1, 3, 16, 50]),
-    st.sampled_from([None, 16, 64, 1000]),
-    st.integers(0, 99),
-)
-def test_sparse_attention(shape, groups, prefix, window, chunk, far_block, seed):
-    batch, length, segments = shape
-    heads, total = 4, prefix + length
-    inputs = tensors(
-        seed, (batch, heads, length, DIM), (batch, groups, total, DIM), (batch, groups, total, DIM)
-    )
-    mask = None
-    if window is None and chunk is None and far_block is not None:
-        far_block = 1000
-    if far_block is not None:
-        lists = (batch, groups, -(-length // far_block), 3, DIM)
-        inputs += tensors(seed + 1, (batch, heads, length, DIM), lists, lists)
-        mask = torch.rand(batch, groups, length, 3) < 0.5
-
-    def call(q, k, v, *far, backend):
-        return sparse_attention(
-            q, k, v, window_size=window, chunk_size=chunk, chunk_shift=(chunk or 1) // 2,
-            segments=segments, far=FarKeys(*far, mask, far_block) if far else None, backend=backend,
-        )  # fmt: skip
-
-    real = None if segments is None else segments.real()[:, None]
-    assert_equal_backends(call, inputs, real)
+@NAMES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(data=st.data())
+@FEWER
+def test_as_precise_as_the_reference(bench, name, dtype, data):
+    tensors, options = build(bench, name, data.draw(cases(name, [1, 17, 65, 129])), dtype)
+    wide = {n: x.double() for n, x in tensors.items()}
+    actual = bench.results(name, tensors, **options)
+    own = bench.results(name, tensors, **options, backend="reference")
+    exact = bench.results(name, wide, **options, backend="reference")
+    for kind, results in enumerate(actual):
+        # Gradients meet on their way, and small ones are differences of large ones.
+        scale = max(x.abs().max().item() for x in exact[kind].values()) if kind else None
+        for key, x in results.items():
+            assert_within_budget(x, own[kind][key], exact[kind][key], scale=scale)
