@@ -4,15 +4,15 @@
 
 Times are medians of rounds in which all contenders take turns, in one process. Peak memory is
 measured in a process of its own for each cell: the growth of the resident set's high-water mark
-over what it was with the layer and its input in place.
+over what it was with the layer and its input in place. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,8 +38,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def peak_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident_peak() -> int:
+    """Bytes; not getrusage's ru_maxrss, which a new process inherits from its parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def memory_cell(args: argparse.Namespace) -> None:
@@ -49,9 +51,11 @@ def memory_cell(args: argparse.Namespace) -> None:
     small = torch.randn(1, 256, args.d_model, requires_grad=True)
     RUNS[run](layer, small)()  # thread pools and libraries are loaded now
     x = torch.randn(1, int(length), args.d_model, requires_grad=True)
-    before = peak_kib()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, not to the next tensors
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is in use
+    before = resident_peak()
     RUNS[run](layer, x)()
-    print((peak_kib() - before) * 1024)
+    print(resident_peak() - before)
 
 
 def memory(args: argparse.Namespace, name: str, run: str, length: int) -> int:

@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=512, help="in training")
     parser.add_argument("--window-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--validation-windows", type=int, default=24)
+    parser.add_argument("--validation-windows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="a file or folder of text, instead of the stdlib")
     parser.add_argument("--output-dir", type=Path, default=Path("reports/demo"))
@@ -204,8 +204,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, losses = models["dpassm"]
     gain = paired(models["window"][1].mean(1), losses.mean(1))
     whole = token_losses(model, checks[:2], length)
-    forgetful = token_losses(model, checks, args.sequence_length // 8 or 1, forget=True)
-    results["dpassm"]["loss_state_zeroed"] = forgetful.mean().item()
+    reach = max(1, len(model.blocks) * (args.window_size - 1))
+    forgetful = token_losses(model, checks, reach, forget=True)
     streamed = (whole - losses[:2]).abs().max().item()
     prompt = checks[0, :200]
     text = model.generate(
@@ -218,9 +218,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "validation_length": length,
-        "reach": 4 * (args.window_size - 1),
+        "reach": reach,
         "models": results,
         "window_minus_dpassm": gain,
+        "zeroed": {
+            "by_position": forgetful.mean(0).tolist(),
+            "minus_dpassm": paired(forgetful.mean(1), losses.mean(1)),
+        },
         "largest_difference_in_pieces": streamed,
         "prompt": bytes(prompt.tolist()).decode(errors="replace"),
         "continuation": bytes(text[len(prompt) :].tolist()).decode(errors="replace"),

@@ -38,6 +38,7 @@ def test_small_run(demo, text, tmp_path):
     assert metrics["largest_difference_in_pieces"] < 1e-4
     difference = metrics["models"]["window"]["loss"] - metrics["models"]["dpassm"]["loss"]
     assert metrics["window_minus_dpassm"]["mean"] == pytest.approx(difference, abs=1e-5)
+    assert metrics["zeroed"]["minus_dpassm"]["mean"] != 0
 
 
 def test_no_document_is_in_both_parts(demo, text):
