@@ -17,7 +17,7 @@ LABELS = {"dpassm": "DPASSM (window and state)", "window": "window alone"}
 
 def _finish(figure: Any, axes: Any) -> bytes:
     axes.grid(alpha=0.3)
-    axes.legend(framealpha=1, edgecolor="white")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     buffer = io.BytesIO()
