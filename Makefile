@@ -28,10 +28,11 @@ setup:
 	@echo ".venv is here already: to make it from $(PYTHON), run 'make clean' first." >&2; exit 1
 else
 setup: $(BIN)/python
-	@# With a host's torch the lock pins that one, and the tools are .venv's own whatever the host has.
+	@# With a host's torch the lock pins that one, and not Triton, which belongs to it. The tools are
+	@# .venv's own whatever the host has.
 	@set -e; lock=.venv/constraints.txt; cp constraints.txt $$lock; \
 	if [ -s .venv/host.pth ]; then \
-		torch=$$($(BIN)/python -c '$(VERSION)'); sed '/^torch==/d' constraints.txt > $$lock; \
+		torch=$$($(BIN)/python -c '$(VERSION)'); sed -E '/^(torch|triton)==/d' constraints.txt > $$lock; \
 		echo "torch $$torch is there already: .venv uses it, and it stays as it is."; \
 		$(BIN)/python -m pip install --no-deps --force-reinstall -r $$lock; \
 		echo "torch==$$torch" >> $$lock; \

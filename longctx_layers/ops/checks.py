@@ -39,6 +39,12 @@ def expect_count(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected at least 0, got {value}; pass 0 for none")
 
 
+def expect_number(name: str, value: object) -> None:
+    """Raise TypeError unless value is an integer or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}; pass an int or a float")
+
+
 def expect_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError unless value is one of the choices."""
     if value not in choices:

@@ -46,7 +46,7 @@ def _checked(name: str, source: str) -> str:
 
 
 # A plain global, not a context variable: torch.compile reads it and guards on it.
-_forced = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+_forced = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 _record: list[Choice] | None = None
 
 
@@ -123,9 +123,11 @@ class Operation:
         return rows
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        wanted = _forced if backend is None else backend
         if not torch.compiler.is_compiling() and _record is not None:
             _record.extend(self.choices(*args, backend=backend, **kwargs))
-        run = self._select(args, kwargs, _forced if backend is None else backend)
+            wanted = "auto"  # the answers count; a refused backend must not end the questions
+        run = self._select(args, kwargs, wanted)
         if args[0].device.type == "meta":  # autocast does not know it
             return run(*args, **kwargs)
         # Operations choose their own precision (states and decays in float32); autocast must not.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.ops import reference
+from longctx_layers.ops import reference, triton_support
 from longctx_layers.ops.checks import expect_dtype, expect_shape
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.segments import Segments
@@ -62,6 +62,19 @@ def diagonal_scan(
         u, log_decay, initial_state=initial_state, segments=segments, backend=backend
     )
     return result
+
+
+@_operation.register("triton", refuse=lambda u, *args, **kwargs: triton_support.refuse(u))
+def _triton(
+    u: Tensor, log_decay: Tensor, *, initial_state: Tensor, segments: Segments | None
+) -> tuple[Tensor, Tensor]:
+    from longctx_layers.kernels.diagonal import diagonal_scan as kernel  # imports Triton
+
+    start, length = (None, None) if segments is None else segments
+    # The exponential is torch's: an error of the GPU's fast one would grow with the time scale.
+    decay = log_decay.to(initial_state.dtype).exp()
+    h, final = kernel(u, decay, initial_state, start, length)
+    return h.to(u.dtype), final
 
 
 @_operation.register("torch")
@@ -120,7 +133,7 @@ def _varying_tiles(u: Tensor, log_decay: Tensor, starts: Tensor | None) -> tuple
     decay = torch.exp(log_decay)
     alive = torch.ones_like(decay, dtype=torch.bool)
     if starts is not None:
-        begins = torch.arange(starts.numel() // starts.shape[0], device=u.device)
+        begins = torch.arange(starts.shape[1] * starts.shape[2], device=u.device)
         alive = (starts != begins.view(starts.shape[1:]))[..., None].expand_as(decay)
         decay = torch.where(alive, decay, 0)
     step = 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longctx_layers import explain, use_backend
-from longctx_layers.ops import ssd
+from longctx_layers.ops import ssd, triton_support
 from longctx_layers.ops.dispatch import Operation
 
 
@@ -70,3 +70,30 @@ def test_operations_choose_their_own_precision():
         actual, other = ssd(*inputs)
     assert torch.equal(actual, expected)
     assert torch.equal(state, other)
+
+
+def test_questions_are_answered_under_a_backend_that_cannot_run():
+    with use_backend("triton"):
+        rows = explain(ssd, *arguments())
+    assert [row.reason for row in rows if row.backend == "torch"] == ["'triton' was asked for"]
+    assert not any(row.chosen for row in rows)
+
+
+def test_an_empty_environment_variable_is_none():
+    command = [sys.executable, "-c", "import longctx_layers"]
+    subprocess.run(command, env={**os.environ, "LONGCTX_BACKEND": ""}, check=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "needed"),
+    [
+        ((3, 7, 1), 9, None),
+        ((3, 7, 0), 9, "3.7.1 on this GPU, got 3.7.0"),
+        ((3, 6, 0), 8, None),
+        ((3, 5, 1), None, "3.6 on this GPU, got 3.5.1"),
+        ((4, 0), 9, None),
+    ],
+)
+def test_triton_versions(version, capability, needed):
+    reason = triton_support.refuse_version(version, capability)
+    assert reason is None if needed is None else f"needs Triton {needed};" in reason

@@ -1,0 +1,39 @@
+"""When Triton's kernels can run a call: asked without importing Triton, and while tracing."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata, util
+
+import torch
+from torch import Tensor
+
+MINIMUM = (3, 6)
+# NVIDIA architectures on which later versions only are right, by major compute capability.
+# Gradients on Hopper: https://github.com/fla-org/flash-linear-attention/issues/640 and 984.
+MINIMUM_ON = {9: (3, 7, 1)}
+
+INSTALLED = util.find_spec("triton") is not None
+VERSION = tuple(map(int, re.findall(r"\d+", metadata.version("triton"))[:3])) if INSTALLED else ()
+
+
+def refuse(x: Tensor) -> str | None:
+    """Why Triton's kernels can't run a call on this tensor, or None."""
+    if x.device.type != "cuda":
+        return f"needs a GPU of NVIDIA or AMD, got a tensor on {x.device.type!r}"
+    if not INSTALLED:
+        return "Triton is not installed: pip install 'longctx-layers[triton]'"
+    hip = torch.version.hip is not None
+    # Unlike get_device_capability, torch.compile takes the properties for a constant.
+    return refuse_version(
+        VERSION, None if hip else torch.cuda.get_device_properties(x.device).major
+    )
+
+
+def refuse_version(version: tuple[int, ...], capability: int | None) -> str | None:
+    """Why this Triton is not used on GPUs of a major compute capability (None: AMD), or None."""
+    needed = MINIMUM if capability is None else MINIMUM_ON.get(capability, MINIMUM)
+    if version >= needed:
+        return None
+    found, wanted = (".".join(map(str, numbers)) for numbers in (version, needed))
+    return f"needs Triton {wanted} on this GPU, got {found}; upgrade torch, which brings its own"

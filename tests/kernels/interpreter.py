@@ -1,0 +1,178 @@
+"""Triton's interpreter, made trustworthy: what it gets silently wrong is repaired or checked.
+
+Inside `interpreted()` every `@triton.jit` kernel runs on CPU tensors, in numpy. Repaired: bf16
+arithmetic, which the interpreter does on bit patterns, and rounding to bf16, which it truncates.
+Added: every load and store must lie inside one of the kernel's tensors, programs run in a shuffled
+order, and tensors from `torch.empty` hold NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+LEAKY = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base, tl.core.dtype)
+
+
+class OutOfBoundsError(AssertionError):
+    """A kernel touched memory outside its arguments."""
+
+
+def widened(x: TensorHandle) -> np.ndarray:
+    """The numbers behind a handle: those of bf16 are stored as 16-bit patterns."""
+    if x.dtype.scalar == tl.bfloat16:
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
+    return x.data
+
+
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """Bit patterns of numbers rounded to the nearest bf16, ties to even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+class _Memory:
+    """Where the running kernel's tensors lie."""
+
+    def __init__(self) -> None:
+        self.regions: list[tuple[int, int, str]] = []
+
+    def enter(self, arguments: Iterator[tuple[str, Any]]) -> None:
+        self.regions = []
+        for name, x in arguments:
+            if isinstance(x, torch.Tensor) and x.numel():
+                span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+                begin = x.data_ptr()
+                self.regions.append((begin, begin + span * x.element_size(), name))
+
+    def check(self, kind: str, pointers: TensorHandle, mask: TensorHandle | None) -> None:
+        places = pointers.data.astype(np.int64)
+        if mask is not None:
+            places = places[np.broadcast_to(mask.data.astype(bool), places.shape)]
+        if not places.size:
+            return
+        width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        low, high = int(places.min()), int(places.max()) + width
+        if not any(begin <= low and high <= end for begin, end, _ in self.regions):
+            begin, end, name = min(self.regions, key=lambda region: abs(region[0] - low))
+            raise OutOfBoundsError(
+                f"{kind} outside every argument: bytes {low - begin} to {high - begin} of the "
+                f"{end - begin} of {name}, the nearest one"
+            )
+
+
+def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """What to replace: owner, attribute, and the new function."""
+    builder = InterpreterBuilder
+    functions: dict[Any, InterpretedFunction] = {}
+
+    def function(kernel: JITFunction) -> InterpretedFunction:
+        return functions.setdefault(kernel.fn, InterpretedFunction(kernel.fn))
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        memory.enter(itertools.chain(zip(self.arg_names, args, strict=False), kwargs.items()))
+        return function(self).run(*args, grid=grid, warmup=warmup, **kwargs)
+
+    yield JITFunction, "run", run
+    yield JITFunction, "__call__", lambda self, *args, **kw: function(self)(*args, **kw)
+
+    dot, cast, binary = builder.create_dot, builder.cast_impl, builder.binary_op
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> Any:
+        a, b = (
+            TensorHandle(widened(x), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
+        return dot(self, a, b, *rest)
+
+    def cast_impl(self: Any, x: TensorHandle, wanted: Any) -> Any:
+        source, target = x.dtype.scalar, wanted.scalar
+        if tl.bfloat16 not in (source, target) or source == target:
+            return cast(self, x, wanted)
+        if source == tl.bfloat16:
+            x = TensorHandle(widened(x), tl.float32)
+            return x if target == tl.float32 else cast(self, x, wanted)
+        if source != tl.float32:
+            x = cast(self, x, tl.float32)
+        return TensorHandle(bf16_bits(x.data), target)
+
+    def binary_op(self: Any, a: TensorHandle, b: TensorHandle, operation: Any) -> Any:
+        bitwise = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+        if a.dtype.scalar != tl.bfloat16 or operation in bitwise:
+            return binary(self, a, b, operation)
+        result = operation(widened(a), widened(b))
+        return TensorHandle(result if result.dtype == bool else bf16_bits(result), a.dtype.scalar)
+
+    yield builder, "create_dot", create_dot
+    yield builder, "cast_impl", cast_impl
+    yield builder, "binary_op", binary_op
+
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def checked_load(self: Any, pointers: TensorHandle, mask: Any, *rest: Any) -> Any:
+        memory.check("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: TensorHandle, value: Any, mask: Any, *rest: Any) -> Any:
+        memory.check("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    yield builder, "create_masked_load", checked_load
+    yield builder, "create_masked_store", checked_store
+    if order is None:
+        return
+
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    grid: dict[str, Any] = {}
+
+    def set_grid_dim(self: Any, *sizes: int) -> None:
+        places = itertools.product(*(range(n) for n in sizes))
+        shuffled = np.random.default_rng(order).permutation(math.prod(sizes))
+        places = list(places)
+        grid["next"] = iter([places[n] for n in shuffled])
+        set_dim(self, *sizes)
+
+    yield builder, "set_grid_dim", set_grid_dim
+    yield builder, "set_grid_idx", lambda self, *_: set_index(self, *next(grid["next"]))
+
+
+@contextmanager
+def interpreted(order: int | None = 0) -> Iterator[None]:
+    """Interpret every kernel inside the block; its module must have been imported before.
+
+    Args:
+        order: seed of the order of programs; None for the usual one.
+    """
+    attributes = [(owner, dict(vars(owner))) for owner in LEAKY]
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    strict = torch.are_deterministic_algorithms_enabled()
+    with ExitStack() as stack:
+        for owner, name, function in _patches(_Memory(), order):
+            stack.enter_context(patch.object(owner, name, function))
+        stack.enter_context(triton.knobs.runtime.scope())
+        triton.knobs.runtime.interpret = True
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(strict)
+            torch.utils.deterministic.fill_uninitialized_memory = filled
+            for owner, before in attributes:  # the interpreter patches the language and leaves it
+                for name in set(vars(owner)) - set(before):
+                    delattr(owner, name)
+                for name, value in before.items():
+                    if vars(owner).get(name) is not value:
+                        setattr(owner, name, value)
