@@ -105,8 +105,8 @@ def page(metrics: dict[str, Any]) -> str:
             f"`{metrics['command'].strip()}` on {metrics['machine']}. Both models saw the same "
             f"{seen:,} bytes in "
             f"sequences of {settings['sequence_length']}, with windows of "
-            f"{settings['window_size']}; validation is on {settings['validation_windows']} windows "
-            f"of {metrics['validation_length']:,} bytes out of files that neither saw.",
+            f"{settings['window_size']}; validation is on {metrics['validation_length']:,} bytes "
+            f"of each of {metrics['validation_documents']} files that neither saw.",
             "",
             "| model | parameters | validation loss (nats/byte) | bits/byte | perplexity/byte | "
             "training tokens/s | training s | state bytes at 1,000,000 tokens |",
@@ -114,9 +114,10 @@ def page(metrics: dict[str, Any]) -> str:
             *rows,
             "",
             f"Window minus DPASSM, paired: **{gain['mean']:.4f} nats per byte**, 95 % interval "
-            f"{gain['low']:.4f} to {gain['high']:.4f}. What lies further back than the stacked "
-            f"windows reach is a part of that: zeroing DPASSM's state every {metrics['reach']} "
-            f"bytes costs {cost['mean']:.4f} nats ({cost['low']:.4f} to {cost['high']:.4f}). "
+            f"{gain['low']:.4f} to {gain['high']:.4f}. Without what the state carries "
+            f"over every {metrics['reach']}th byte, where it is zeroed (as far as the stacked "
+            f"windows reach), DPASSM loses {cost['mean']:.4f} nats ({cost['low']:.4f} to "
+            f"{cost['high']:.4f}) of that. "
             f"One pass and pieces of {settings['sequence_length']} bytes differ by at most "
             f"{metrics['largest_difference_in_pieces']:.1e} nats in any token.",
             "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -114,6 +114,10 @@ class ModelConfig:
 def _checked_pattern(pattern: Any, n_layers: int) -> tuple[str, ...]:
     if isinstance(pattern, str):
         pattern = (pattern,)
+    if not isinstance(pattern, Iterable):
+        raise TypeError(
+            f"pattern: expected block names, got {pattern!r}; pass e.g. ('dpassm', 'vanilla')"
+        )
     pattern = tuple(pattern)
     unknown = [name for name in pattern if name not in LAYERS]
     if unknown or not pattern:
@@ -136,11 +140,10 @@ def _by_block_name(block_kwargs: Any, pattern: tuple[str, ...]) -> dict[str, dic
             "pass e.g. {'window_size': 128}"
         )
     names = sorted(set(pattern))
-    if len(names) == 1 and not set(block_kwargs) <= set(LAYERS):
+    by_name = block_kwargs and all(isinstance(given, Mapping) for given in block_kwargs.values())
+    if len(names) == 1 and not (by_name and set(block_kwargs) <= set(LAYERS)):
         block_kwargs = {names[0]: block_kwargs}
-    if not set(block_kwargs) <= set(names) or not all(
-        isinstance(options, Mapping) for options in block_kwargs.values()
-    ):
+    elif not (set(block_kwargs) <= set(names) and (by_name or not block_kwargs)):
         raise ValueError(
             f"block_kwargs: expected a dict of options for each of {names}, got "
             f"{dict(block_kwargs)}; give them by block name, {{{names[0]!r}: {{...}}}}"

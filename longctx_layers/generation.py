@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from longctx_layers.ops.checks import expect_count, expect_positive
+from longctx_layers.ops.checks import expect_count, expect_number, expect_positive
 
 if TYPE_CHECKING:
     from longctx_layers.model import LongContextLM
@@ -189,6 +189,8 @@ def _rows(prompt: Tensor | Sequence[Tensor | Sequence[int]]) -> list[Tensor | Se
 def _as_list(eos: int | Collection[int] | None) -> list[int]:
     if eos is None:
         return []
+    if isinstance(eos, Tensor):
+        return eos.flatten().tolist()
     return list(eos) if isinstance(eos, Collection) else [eos]
 
 
@@ -224,6 +226,9 @@ def _check_options(
     expect_positive("prefill_size", prefill_size)
     if top_k is not None:
         expect_positive("top_k", top_k)
+    expect_number("temperature", temperature)
+    if top_p is not None:
+        expect_number("top_p", top_p)
     if not 0 <= temperature < math.inf:
         raise ValueError(
             f"temperature: expected a finite number of at least 0, got {temperature}; "

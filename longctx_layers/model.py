@@ -212,7 +212,14 @@ class LongContextLM(nn.Module):
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = self.project(hidden)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(precise, labels, ignore_index=IGNORED_LABEL, reduction="none")
+        try:
+            return F.cross_entropy(precise, labels, ignore_index=IGNORED_LABEL, reduction="none")
+        except IndexError as error:  # as for ids
+            real = labels[labels != IGNORED_LABEL]
+            raise ValueError(
+                f"labels: expected {IGNORED_LABEL} or ids in [0, {self.config.vocab_size}), got "
+                f"{int(real.min())} to {int(real.max())}; use the tokenizer of this vocabulary"
+            ) from error
 
     def init_state(self, batch_size: int) -> ModelState:
         """An empty state of a batch: the same as passing none."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx_layers.config import ModelConfig
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from longctx_layers.model import LongContextLM
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-FORMAT, FORMAT_VERSION = "longctx_layers", 1
+FORMAT, FORMAT_VERSION, SAVE_ID = "longctx_layers", 1, "save_id"
 
 
 def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> None:
@@ -42,6 +42,8 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": _library_version(),
+        # In both files: a save that was interrupted between them is noticed on loading.
+        SAVE_ID: uuid.uuid4().hex,
         "model": model.config.to_dict(),
     }
     try:
@@ -55,7 +57,7 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     with _replacing(folder / WEIGHTS_FILE) as path:
-        save_file(weights, path)
+        save_file(weights, path, metadata={SAVE_ID: content[SAVE_ID]})
     with _replacing(folder / CONFIG_FILE) as path:
         path.write_text(text, encoding="utf-8")
 
@@ -80,8 +82,19 @@ def from_pretrained(
             the weights are damaged, or do not fit the config.
     """
     folder = Path(directory)
-    config = _read_config(_existing(folder / CONFIG_FILE))
-    weights = _read_weights(_existing(folder / WEIGHTS_FILE), device)
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "meta":
+        raise ValueError(
+            "from_pretrained: expected a device that holds weights, got 'meta'; for a model "
+            "without weights use LongContextLM(config, device='meta')"
+        )
+    config, save_id = _read_config(_existing(folder / CONFIG_FILE))
+    weights, weights_id = _read_weights(_existing(folder / WEIGHTS_FILE), device)
+    if None not in (save_id, weights_id) and save_id != weights_id:
+        raise ValueError(
+            f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} of one save, got "
+            f"{save_id} and {weights_id}; a save was interrupted between them: save the model again"
+        )
     model = cls(config, device="meta")
     _check_fit(weights, model.state_dict(), folder)
     model.load_state_dict(weights, assign=True)
@@ -102,7 +115,10 @@ def _replacing(target: Path) -> Iterator[Path]:
     # In the same folder: only within one file system is the move atomic.
     path = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
+        path.touch()
+        mode = path.stat().st_mode  # as the umask has it, which safetensors ignores
         yield path
+        path.chmod(mode)
         with path.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(path, target)
@@ -123,7 +139,7 @@ def _existing(path: Path) -> Path:
     )
 
 
-def _read_config(path: Path) -> ModelConfig:
+def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not even text
@@ -141,12 +157,14 @@ def _read_config(path: Path) -> ModelConfig:
             f"{content.get('format_version')!r}, written by longctx_layers "
             f"{content.get('library_version')}; install that version or a later one"
         )
-    return ModelConfig.from_dict(content["model"])
+    return ModelConfig.from_dict(content["model"]), content.get(SAVE_ID)
 
 
-def _read_weights(path: Path, device: torch.device | str | None) -> dict[str, Tensor]:
+def _read_weights(path: Path, device: torch.device) -> tuple[dict[str, Tensor], str | None]:
     try:
-        return load_file(path, device=str(device or "cpu"))
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return weights, (file.metadata() or {}).get(SAVE_ID)
     except SafetensorError as error:
         raise ValueError(
             f"{path}: expected whole safetensors weights, got: {error}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -83,7 +83,7 @@ def create_model(
         n_layers=size.n_layers,
         n_heads=size.n_heads,
         ffn_dim=FFN_MULTIPLE if ffn_dim is None else ffn_dim,
-        pattern=tuple(pattern) if pattern is not None else (block_type or "dpassm",),
+        pattern=cast("Any", (block_type or "dpassm") if pattern is None else pattern),
         block_kwargs={} if block_kwargs is None else block_kwargs,
         tie_embeddings=tie_embeddings,
         dropout=dropout,

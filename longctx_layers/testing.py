@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longctx_layers.config import ModelConfig
-from longctx_layers.layers import AttentionLayer, build_layer, layer_options
+from longctx_layers.layers import AttentionLayer, Projection, build_layer, layer_options
 from longctx_layers.model import LongContextLM
 
 # Every layer of the registry with each of its options, small enough for a property test.
@@ -42,6 +42,14 @@ LAYER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "blade-none": ("blade", {"chunk_size": 5, "state_update": None}),
     "longformer": ("baseline_longformer", {"window_size": 5, "n_global_tokens": 2}),
+    "longformer-biased": (
+        "baseline_longformer",
+        {
+            "window_size": 4,
+            "n_global_tokens": 3,
+            "projection": Projection(head_dim=6, bias=True, out_bias=True, qk_norm=True),
+        },
+    ),
     "longformer-1": ("baseline_longformer", {"window_size": 1, "n_global_tokens": 3}),
     "bigbird": (
         "baseline_bigbird",

@@ -28,7 +28,7 @@ def text(tmp_path):
 def test_small_run(demo, text, tmp_path):
     out = tmp_path / "out"
     command = f"--text {text} --output-dir {out} --steps 2 --sequence-length 32 --batch-size 2"
-    metrics = demo["main"]([*command.split(), "--validation-windows", "3"])
+    metrics = demo["main"]([*command.split(), "--validation-documents", "3"])
     written = {path.name for path in out.iterdir()}
     assert written == {"report.md", "metrics.json", "loss_curves.png", "loss_by_position.png"}
     assert json.loads((out / "metrics.json").read_text())["models"].keys() == {"dpassm", "window"}

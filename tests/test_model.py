@@ -211,6 +211,9 @@ def test_wrong_config_is_refused(change: dict[str, Any], message: str) -> None:
         ({"block_kwargs": {"window_sise": 4}}, "expected options out of .*'window_size'"),
         ({"block_type": "blade", "pattern": ("dpassm",)}, "block_type or pattern, got both"),
         ({"ffn_dim": 0}, "ffn_dim: expected at least 1"),
+        ({"block_kwargs": {"window": 4}}, "expected options out of .*'window_size'.*got"),
+        ({"pattern": "dpasm"}, "expected block names out of .* got .'dpasm'."),
+        ({"pattern": 5}, "expected block names, got 5"),
     ],
 )
 def test_wrong_options_are_refused(change: dict[str, Any], message: str) -> None:
@@ -454,6 +457,12 @@ def test_pads_have_no_loss() -> None:
     segments = torch.tensor([[-1, -1, 0, 0, 0, 0, 0, -1, -1]])
     loss = model.loss(ids, ids, segment_ids=segments)
     assert loss.item() == pytest.approx(plain_loss(model, ids[:, 2:7], ids[:, 2:7]).item())
+
+
+def test_labels_outside_the_vocabulary_are_refused() -> None:
+    model, ids = small_model("window"), some_ids(2, 5)
+    with pytest.raises(ValueError, match=r"labels: expected -100 or ids in \[0, 13\), got 3 to 13"):
+        model.loss(ids, torch.tensor([[3, 4, 13, -100, 5]] * 2))
 
 
 def test_loss_without_any_label_is_zero() -> None:

@@ -80,7 +80,7 @@ def test_interrupted_save_leaves_the_old_files(
     model = small_model("dpassm")
     model.save_pretrained(tmp_path)
 
-    def fail(weights: Any, path: Path) -> None:
+    def fail(weights: Any, path: Path, **_: Any) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -184,3 +184,21 @@ def test_weights_of_another_model(saved: Path, change: dict[str, Any], message: 
 def test_weights_are_plain_safetensors(saved: Path) -> None:
     weights = safetensors.torch.load_file(saved / "model.safetensors")
     assert weights.keys() == small_model("dpassm").state_dict().keys()
+
+
+def test_files_of_two_saves_are_refused(saved: Path) -> None:
+    config = (saved / "config.json").read_text()
+    LongContextLM.from_pretrained(saved).save_pretrained(saved)
+    (saved / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="of one save, got .* was interrupted"):
+        LongContextLM.from_pretrained(saved)
+
+
+def test_files_are_as_readable_as_others(saved: Path) -> None:
+    (saved / "other").touch()
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
+
+
+def test_meta_device_is_refused(saved: Path) -> None:
+    with pytest.raises(ValueError, match="expected a device that holds weights, got 'meta'"):
+        LongContextLM.from_pretrained(saved, device="meta")

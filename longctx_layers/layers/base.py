@@ -14,7 +14,7 @@ from longctx_layers.layers.checks import check_input, check_segment_ids, check_s
 from longctx_layers.layers.rotary import rotary_table, rotate
 from longctx_layers.layers.state import Field, Rows, arrange, tail
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
-from longctx_layers.ops.checks import expect_positive
+from longctx_layers.ops.checks import expect_number, expect_positive
 
 
 def draw_weight(weight: Tensor, scale: float = 1.0) -> None:
@@ -119,12 +119,16 @@ class AttentionLayer(nn.Module):
                 f"head_dim: expected an even number for rotary embedding, got {head_dim}; change "
                 "n_heads, or turn rotary embedding off with rope_base=None"
             )
+        expect_number("dropout", dropout)
+        if rope_base is not None:
+            expect_number("rope_base", rope_base)
         if rope_base is not None and not (math.isfinite(rope_base) and rope_base > 0):
             raise ValueError(f"rope_base: expected a number above 0 or None, got {rope_base}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
         self.head_dim, self.rope_base, self.dropout = head_dim, rope_base, dropout
+        self.projection = projection
         self.factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, kv = n_heads * head_dim, n_kv_heads * head_dim
         self.q_proj = self.linear(d_model, inner, bias=projection.bias)
@@ -179,7 +183,8 @@ class AttentionLayer(nn.Module):
                 for one segment, which continues that of the state.
 
         Returns:
-            y `[B, T, D]`, and the new state.
+            y `[B, T, D]`, and the new state. NaN or infinity in a token may reach the whole row,
+            and its state until a call begins another segment; never another row.
 
         Raises:
             ValueError, TypeError: for shapes, dtypes, devices or states that do not fit.
@@ -189,7 +194,7 @@ class AttentionLayer(nn.Module):
             y = self.o_proj(x.new_zeros(len(x), 0, self.o_proj.in_features))
             return y, self.init_state(len(x)) if state is None else state
         rows: Rows = arrange(x, state, segment_ids)
-        y, new = self.mix(rows.pack(x), state, rows.segments)
+        y, new = self.mix(rows.pack(x), rows.restart(state), rows.segments)
         y = F.dropout(self.o_proj(y), self.dropout, self.training)
         return rows.unpack(y), self.state_type(**new, position=rows.position, segment=rows.segment)
 
@@ -224,6 +229,8 @@ class AttentionLayer(nn.Module):
             shown["rope_base"] = self.rope_base
         if self.dropout:
             shown["dropout"] = self.dropout
+        if self.projection != Projection():
+            shown["projection"] = self.projection
         shown |= self.options()
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 

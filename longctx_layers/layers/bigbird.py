@@ -63,6 +63,7 @@ class BigBird(AttentionLayer):
         expect_positive("window_size", window_size)
         expect_count("n_random_tokens", n_random_tokens)
         expect_count("n_global_tokens", n_global_tokens)
+        expect_count("seed", seed)
         self.window_size, self.n_random_tokens = window_size, n_random_tokens
         self.n_global_tokens, self.seed = n_global_tokens, seed
         self.reset_parameters()

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class MlpUpdate(nn.Module):
     """`u + W_inj h` into the next chunk, and `h = MLP(mean of the chunk's attention output)`.
 
-    Chunks run one after another. With packed or continued rows their number depends on the data,
-    which a graph of torch.compile can't hold.
+    Chunks run one after another. In packed or continued rows of several tokens their number depends
+    on the data, which a graph of torch.compile can't hold.
     """
 
     def __init__(self, layer: BLADE, state_dim: int) -> None:
@@ -54,7 +54,8 @@ class MlpUpdate(nn.Module):
             chunks = 1 + (length - 1 - layer.chunk_shift) // layer.chunk_size
             chunks += int(layer.chunk_shift > 0)
         else:
-            chunks = int(number.max()) + 1
+            # One token needs no look at the data, so that decoding is one graph.
+            chunks = int(number.max()) + 1 if number.numel() > batch else 1
         count = torch.zeros(batch, chunks, dtype=torch.int64, device=x.device)
         count = count.scatter_add(1, number, packed.real().to(torch.int64))
         offset = count.cumsum(1) - count

@@ -16,7 +16,7 @@ class CausalAttention(AttentionLayer):
     """Multi-head attention over all earlier tokens of the segment, with rotary embedding.
 
     `y, state = layer(x, state=None, *, segment_ids=None)`, x and y `[B, T, d_model]`. The state
-    holds all keys and values: it grows with every token.
+    holds all keys and values: it grows with every column of x, pads included.
 
     Args:
         d_model: width of x.

@@ -55,6 +55,11 @@ def check_state(
         )
     for key, field in fields.items():
         value, what = getattr(state, key), f"{name}: state.{key}"
+        if value.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"{what}: expected batch size {len(x)}, as x has, got {list(value.shape)}; choose "
+                "its rows with select_rows, or begin with init_state(batch_size)"
+            )
         expect_shape(what, value, (len(x), *field.shape), "[B, ...]")
         if value.device != x.device:
             raise ValueError(

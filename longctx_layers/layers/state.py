@@ -81,6 +81,13 @@ class Rows(NamedTuple):
             return y
         return torch.where(self.real[..., None], _take(y, self.inverse), 0)
 
+    def restart(self, state: State | None) -> State | None:
+        """The state, zero in rows whose first token begins a segment: NaN in it is gone too."""
+        if state is None or self.order is None or self.segments is None:
+            return state
+        goes_on = self.segments.start[:, 0] < 0
+        return map_state(lambda x: torch.where(goes_on.view(-1, *[1] * (x.dim() - 1)), x, 0), state)
+
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of `[B, T, D]` by `[B, T]`; its backward is an addition of whole rows."""

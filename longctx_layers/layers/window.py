@@ -87,7 +87,7 @@ class WindowAttention(AttentionLayer):
         else:
             starts = list_starts(segments, block)
             starts = torch.cat([starts, segments.next_start()[:, None]], dim=1)
-        global_k, global_v = self._global_keys(x, state, starts)
+        global_k, global_v = self._global_keys(x, state, segments, starts)
         lists = slice(0, 1) if segments is None else slice(0, -1)
         mask = global_mask(self.n_global_tokens, window, length, segments, block, x.device)
 
@@ -99,7 +99,9 @@ class WindowAttention(AttentionLayer):
         kept = {"global_k": global_k[:, -1].clone(), "global_v": global_v[:, -1].clone()}
         return y, {**self.cache(k, v, window - 1, segments), **kept}
 
-    def _global_keys(self, x: Tensor, state: Any, starts: Tensor) -> tuple[Tensor, Tensor]:
+    def _global_keys(
+        self, x: Tensor, state: Any, segments: Segments | None, starts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Global keys and values of the segments that begin at `starts` `[B, M]`.
 
         Those of earlier calls come from the state; those that this call does not reach are zero.
@@ -116,7 +118,8 @@ class WindowAttention(AttentionLayer):
         v = self.heads(self.global_v_proj(tokens), self.n_kv_heads)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        here, index = (index < x.shape[1])[..., None, None], index[..., None, None]
+        index = index[..., None, None]
+        here = index < (x.shape[1] if segments is None else segments.length.view(-1, 1, 1, 1, 1))
         k, v = torch.where(here, k, 0), torch.where(here, v, 0)
         if state is not None:
             k = torch.where(index < 0, state.global_k[:, None].to(k.dtype), k)

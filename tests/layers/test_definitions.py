@@ -34,6 +34,7 @@ def heads(layer, x):
 def attention(layer, u, near, far=None):
     """Near keys by position `[T, T]`, far ones `(k, v, mask [H or 1, T, F])` by content alone."""
     q, k, v = (heads(layer, project(u)) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = normed(layer.q_norm, q), normed(layer.k_norm, k)
     turned_q, turned_k = rotated(q, layer.rope_base), rotated(k, layer.rope_base)
     scores = torch.einsum("ihp,jhp->hij", turned_q, turned_k).masked_fill(~near, -math.inf)
     if far is not None:
@@ -48,8 +49,8 @@ def windowed(layer, u):
     n, window = layer.n_global_tokens, layer.window_size
 
     def far(k, v):
-        projections = (layer.global_k_proj, layer.global_v_proj)
-        return *(heads(layer, p(u[:n])) for p in projections), j[:n] <= i - window
+        k, v = (heads(layer, p(u[:n])) for p in (layer.global_k_proj, layer.global_v_proj))
+        return normed(layer.k_norm, k), v, j[:n] <= i - window
 
     return attention(layer, u, (j <= i) & (j > i - window), far if n else None)
 
@@ -89,7 +90,9 @@ def diagonal(layer, u):
 
 
 def normed(norm, x):
-    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    return (
+        x if norm is None else x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    )
 
 
 def dpassm(layer, u):

@@ -69,6 +69,9 @@ def test_wrong_shared_hyperparameters(name, sizes, options, message):
         ("baseline_longformer", {"window_size": 0}, ValueError, "window_size: expected at least 1"),
         ("baseline_bigbird", {"window_size": 0}, ValueError, "window_size: expected at least 1"),
         ("baseline_bigbird", {"n_random_tokens": -1}, ValueError, "n_random_tokens: .*0, got -1"),
+        ("baseline_bigbird", {"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5; pass"),
+        ("vanilla", {"rope_base": True}, TypeError, "rope_base: expected a number, got True; pass"),
+        ("vanilla", {"dropout": None}, TypeError, "dropout: expected a number, got None; pass"),
     ],
 )
 def test_wrong_hyperparameters(name, options, error, message):
@@ -159,11 +162,11 @@ def test_wrong_states(case):
         layer(x, other)
     with pytest.raises(TypeError, match=r"state: expected a .*got a tuple; pass.*init_state"):
         layer(x, tuple(state))
-    with pytest.raises(ValueError, match=rf"{name}: state\.k: expected .* = \[2, .*, got \[3, "):
+    with pytest.raises(ValueError, match=rf"{name}: state\.k: .*size 2.* got \[3, .*; choose"):
         layer(x, layer.init_state(3))
     with pytest.raises(ValueError, match=r"state\.k: expected .*on cpu.*on meta; move.*state_to"):
         layer(x, layer.init_state(2, device="meta"))
-    with pytest.raises(ValueError, match=r"state\.position: expected .* = \[2\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"state\.position: expected batch size 2, .* got \[3\]"):
         layer(x, state._replace(position=torch.zeros(3, dtype=torch.int64)))
     with pytest.raises(TypeError, match=r"state\.segment: expected torch.int64, got torch.float32"):
         layer(x, state._replace(segment=torch.zeros(2)))

@@ -78,3 +78,24 @@ def test_huge_and_tiny_inputs(case, dtype, scale):
     assert_finite_results(layer, x.to(dtype))
     _, state = layer(x[:, :40].to(dtype))
     assert_finite(layer(x[:, 40:].to(dtype), state)[0])
+
+
+@CASES
+def test_no_row(case):
+    layer = small_layer(case)
+    for length in (1, 12):
+        _, state = layer(torch.zeros(0, length, 16, dtype=torch.float64))
+        y, state = layer(torch.zeros(0, length, 16, dtype=torch.float64), state)
+        assert y.shape == (0, length, 16)
+        assert all(len(x) == 0 for x in state)
+
+
+@CASES
+def test_a_new_segment_forgets_nan(case):
+    """A slot of a server that once overflowed serves the next request."""
+    layer = small_layer(case)
+    x = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    old = torch.tensor([[0] * 10, [5] * 10])
+    _, broken = layer(torch.full_like(x[:, :10], float("nan")), segment_ids=old)
+    new = torch.tensor([[1] * 30, [-1] * 3 + [6] * 27])
+    assert_close(layer(x, broken, segment_ids=new)[0], layer(x, segment_ids=new)[0])
