@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from longctx_layers.ops import reference
 from longctx_layers.ops.checks import expect_dtype, expect_positive, expect_shape
 from longctx_layers.ops.dispatch import Operation
-from longctx_layers.ops.segments import Segments, range_start
+from longctx_layers.ops.segments import Segments, cover, range_start, shortened
 
 _FULL_BLOCK = 256  # queries that full attention with segments or cached keys handles at a time
 
@@ -169,9 +169,11 @@ def _torch(
 ) -> Tensor:
     """The range cut into blocks of queries, each with the keys that the block can reach."""
     length, prefix = q.shape[2], k.shape[2] - q.shape[2]
-    reach = min(n for n in (window_size, chunk_size, k.shape[2]) if n is not None)
+    sizes = [n for n in (window_size, chunk_size) if n is not None]
+    reach = shortened(min(sizes), k.shape[2]) if sizes else k.shape[2]
+    any_length = bool(sizes) and torch.compiler.is_exporting()
     plain = segments is None and prefix == 0 and far is None
-    if plain and (reach >= length and chunk_shift == 0):
+    if plain and not any_length and reach >= length and chunk_shift == 0:
         return _scaled_dot_product(q, k, v, None, True, dropout_p, scale)
     if plain and window_size is None and chunk_size is not None:
         return _aligned_chunks(q, k, v, chunk_size, chunk_shift, dropout_p, scale)
@@ -189,7 +191,7 @@ def _torch(
     block = min(128, max(16, 1 << (reach - 1).bit_length()))
     if far is not None and far.k.shape[2] > 1:
         block = far.block
-    if length <= block:
+    if not any_length and length <= block:
         keys = min(k.shape[2], length + reach - 1)
         return _one_block(q, k[:, :, -keys:], v[:, :, -keys:], first, 0, far, dropout_p, scale)
     return _blocks(q, k, v, first, block, reach, far, dropout_p, scale)
@@ -229,7 +231,7 @@ def _aligned_chunks(
                 pieces.append(_aligned_chunks(queries, keys, values, whole, 0, dropout_p, scale))
         return torch.cat(pieces, dim=2)
     batch, length = q.shape[0], q.shape[2]
-    chunks = -(-length // size)
+    chunks = cover(length, size)
 
     def split(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, chunks * size - length))
@@ -300,7 +302,7 @@ def _blocks(
 ) -> Tensor:
     """All blocks at once: each sees the keys of its own block and of the few before it."""
     batch, length, prefix = q.shape[0], q.shape[2], k.shape[2] - q.shape[2]
-    blocks, before = -(-length // block), -(-(reach - 1) // block)
+    blocks, before = cover(length, block), -(-(reach - 1) // block)
     pad = blocks * block - length
 
     def cut(x: Tensor) -> Tensor:  # [B, h, T, P] -> [B * blocks, h, block, P]
@@ -314,6 +316,8 @@ def _blocks(
         return torch.cat(shifted, dim=3).transpose(1, 2).flatten(0, 1)
 
     def lists(x: Tensor) -> Tensor:  # [B, G, L, F, P] -> [B * blocks, G, F, P]
+        if x.shape[2] > 1:
+            x = F.pad(x, (0, 0, 0, 0, 0, blocks - x.shape[2]))
         return x.expand(-1, -1, blocks, -1, -1).transpose(1, 2).flatten(0, 1)
 
     def rows(x: Tensor) -> Tensor:  # [b, h, T, F] -> [B * blocks, h, block, F]

@@ -9,7 +9,7 @@ from torch import Tensor
 from longctx_layers.ops import reference
 from longctx_layers.ops.checks import expect_positive
 from longctx_layers.ops.dispatch import Operation
-from longctx_layers.ops.segments import Segments, chunk_start
+from longctx_layers.ops.segments import Segments, chunk_start, shortened
 from longctx_layers.ops.ssd import TILE, Inputs, check_inputs, read, read_one, step
 
 _block_ssd = Operation("block_ssd")
@@ -110,8 +110,10 @@ def _aligned_blocks(
         readable = readable + pending
     before, _ = tiles.before(readable, added)
     y = read(tiles.C, before, tiles.sums, None).flatten(1, 2)[:, front : front + length]
-    fade = tiles.total[:, -1, :, None, None].exp().to(added.dtype)
-    return y, (before[:, -1] * fade, added[:, -1].clone())  # a view would keep all of `added`
+    # Exported programs have spare tiles, see `cover`.
+    last = (front + length) // size if torch.compiler.is_exporting() else -1
+    fade = tiles.total[:, last, :, None, None].exp().to(added.dtype)
+    return y, (before[:, last] * fade, added[:, last].clone())  # a view would keep all of `added`
 
 
 def _block_one(
@@ -153,7 +155,7 @@ def _blocks_anywhere(
     wholly behind the boundary, and the writes since then are read one by one under a mask.
     """
     length = inputs.u.shape[1]
-    tiles = inputs.tile(min(max(TILE, size), length))
+    tiles = inputs.tile(shortened(max(TILE, size), length))
     index = tiles.token
     assert tiles.start is not None
     boundary = chunk_start(index, tiles.start, size, shift)

@@ -12,7 +12,7 @@ from torch import Tensor
 from longctx_layers.ops import reference, triton_support
 from longctx_layers.ops.checks import expect_dtype, expect_shape
 from longctx_layers.ops.dispatch import Operation
-from longctx_layers.ops.segments import Segments
+from longctx_layers.ops.segments import Segments, cover, shortened
 
 _TILE = 64
 # exp of this is 0 in every dtype, and sums of many of them stay exact enough in float64.
@@ -92,8 +92,8 @@ def _torch(
             state = torch.where(segments.start < 0, state, 0)
         final = torch.exp(log_decay).reshape(-1, channels) * state + u[:, 0]
         return final[:, None].to(dtype), final
-    tile = min(_TILE, length)
-    tiles = -(-length // tile)
+    tile = shortened(_TILE, length)
+    tiles = cover(length, tile)
     pad = tiles * tile - length
     u = F.pad(u, (0, 0, 0, pad)).unflatten(1, (tiles, tile))
     starts = first = None
@@ -226,7 +226,7 @@ def carry(
     tiles = states.shape[1]
     # A traced length gets a constant, since symbolic roots take the compiler minutes.
     group = 32 if torch.compiler.is_compiling() else math.isqrt(tiles)
-    groups = -(-tiles // group)
+    groups = cover(tiles, group)
     pad = groups * group - tiles
     states = F.pad(states, (0, 0, 0, 0, 0, pad)).unflatten(1, (groups, group))
     sums = segment_sums(F.pad(log_total, (0, 0, 0, pad)).unflatten(1, (groups, group)).mT)

@@ -35,6 +35,20 @@ class Segments(NamedTuple):
         return self.start.gather(1, last).squeeze(1)
 
 
+def cover(length: int, size: int) -> int:
+    """How many tiles of `size` tokens cover `length` tokens.
+
+    While exporting two more than are full: an exported program serves every length, and neither a
+    single tile nor a full last one may be a case of its own.
+    """
+    return length // size + 2 if torch.compiler.is_exporting() else -(-length // size)
+
+
+def shortened(size: int, length: int) -> int:
+    """The size of tiles for `length` tokens, which need no longer ones (but while exporting)."""
+    return size if torch.compiler.is_exporting() else min(size, length)
+
+
 def chunk_start(index: Tensor, start: Tensor | int, chunk_size: int, chunk_shift: int) -> Tensor:
     """The index at which the chunk of the token at `index` begins, not clipped to the segment.
 

@@ -16,7 +16,7 @@ from longctx_layers.ops.scan import (
     segment_sums,
     tile_starts,
 )
-from longctx_layers.ops.segments import Segments
+from longctx_layers.ops.segments import Segments, cover, shortened
 
 TILE = 64
 
@@ -125,7 +125,7 @@ class Tiles:
 
     def __init__(self, inputs: Inputs, size: int, front: int, spare: int) -> None:
         length = inputs.u.shape[1]
-        self.size, self.count = size, -(-(front + length + spare) // size)
+        self.size, self.count = size, cover(front + length + spare, size)
         self.token = torch.arange(self.count * size, device=inputs.u.device) - front
         self.token = self.token.unflatten(0, (self.count, size))
         back = self.count * size - front - length
@@ -209,7 +209,7 @@ def _ssd_torch(
         alive = None if segments is None else (segments.start < 0)
         state = step(inputs, initial_state, alive)
         return read_one(inputs, state).to(x.dtype), state
-    tiles = inputs.tile(min(TILE, length))
+    tiles = inputs.tile(shortened(TILE, length))
     before, final = tiles.before(initial_state)
     alive = None if tiles.start is None else tiles.start < tiles.token[:, :1]
     y = read(tiles.C, before, tiles.sums, alive)

@@ -18,11 +18,14 @@ def test_export(case):
 
 
 # Without BLADE's mlp, a loop over chunks, and BigBird, whose number of blocks becomes a constant.
-# Only Longformer belongs to the fast tests.
+# Two belong to the fast tests.
+FAST = ("dpassm-global", "blade-shift")
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[] if case == "longformer" else pytest.mark.slow)
+        pytest.param(case, marks=[] if case in FAST else pytest.mark.slow)
         for case in LAYER_CASES
         if not case.startswith(("blade-mlp", "bigbird"))
     ],
@@ -30,9 +33,10 @@ def test_export(case):
 def test_export_for_many_lengths(case):
     layer = small_layer(case, dtype=torch.float32)
     torch.manual_seed(0)
-    x = torch.randn(2, 333, 16)
+    x = torch.randn(2, 300, 16)
     dynamic = ({1: torch.export.Dim.AUTO},)
     exported = torch.export.export(layer, (x,), dynamic_shapes=dynamic).module()
-    for length in (333, 334, 500, 1000):
+    # Shorter and longer, and around the edges of blocks, of tiles, and of 32 tiles.
+    for length in (16, 63, 64, 65, 300, 2047, 2048, 2049, 4100):
         x = torch.randn(2, length, 16)
         assert_close(exported(x), layer(x), **CLOSE)
