@@ -114,10 +114,10 @@ def page(metrics: dict[str, Any]) -> str:
             *rows,
             "",
             f"Window minus DPASSM, paired: **{gain['mean']:.4f} nats per byte**, 95 % interval "
-            f"{gain['low']:.4f} to {gain['high']:.4f}. Without what the state carries "
-            f"over every {metrics['reach']}th byte, where it is zeroed (as far as the stacked "
-            f"windows reach), DPASSM loses {cost['mean']:.4f} nats ({cost['low']:.4f} to "
-            f"{cost['high']:.4f}) of that. "
+            f"{gain['low']:.4f} to {gain['high']:.4f}. With its state zeroed every "
+            f"{metrics['reach']} bytes, as far as the stacked windows reach, DPASSM loses "
+            f"{cost['mean']:.4f} nats ({cost['low']:.4f} to {cost['high']:.4f}): so much at most "
+            "is memory of what lies further back. "
             f"One pass and pieces of {settings['sequence_length']} bytes differ by at most "
             f"{metrics['largest_difference_in_pieces']:.1e} nats in any token.",
             "",
