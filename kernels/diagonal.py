@@ -55,7 +55,7 @@ def _tile_ends(
     through = h + 1
     first = tile.to(tl.int64) * TILE
     count = tl.minimum(TILE, T - first)
-    for i in tl.range(0, count):
+    for i in tl.range(0, count, loop_unroll_factor=8):  # loads run ahead of the recurrence
         t = first + (count - 1 - i if REVERSE else i)
         at = b * T + t
         x = tl.load(X + at * N + d, mask=inside, other=0.0).to(h.dtype)
@@ -74,7 +74,7 @@ def _pass_on(ENDS, THROUGH, ENTER, BEFORE, N, tiles, REVERSE: tl.constexpr, CHAN
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
     h = tl.load(ENTER + b * N + d, mask=inside, other=0.0)
-    for i in tl.range(0, tiles):
+    for i in tl.range(0, tiles, loop_unroll_factor=4):
         at = (b * tiles + (tiles - 1 - i if REVERSE else i)) * N + d
         tl.store(BEFORE + at, h, mask=inside)
         through = tl.load(THROUGH + at, mask=inside, other=0.0)
@@ -93,7 +93,7 @@ def _scan(
     length = tl.load(LENGTH + b) if PACKED else T
     h = tl.load(BEFORE + (b * tiles + tile) * N + d, mask=inside, other=0.0)
     first = tile.to(tl.int64) * TILE
-    for i in tl.range(0, tl.minimum(TILE, T - first)):
+    for i in tl.range(0, tl.minimum(TILE, T - first), loop_unroll_factor=8):
         t = first + i
         at = b * T + t
         u = tl.load(U + at * N + d, mask=inside, other=0.0).to(h.dtype)
@@ -118,7 +118,7 @@ def _scan_back(
     total = tl.zeros_like(carry)
     first = tile.to(tl.int64) * TILE
     count = tl.minimum(TILE, T - first)
-    for i in tl.range(0, count):
+    for i in tl.range(0, count, loop_unroll_factor=4):
         t = first + count - 1 - i
         at = b * T + t
         a, real, goes_on = _decay(DECAY, START, at, t, d, inside, length, N, INVARIANT, PACKED)
