@@ -21,6 +21,9 @@ def _shapes(name: str, batch: int, length: int, prefix: int, groups: int) -> dic
     if name == "sparse_attention":
         keys = (batch, groups, prefix + length, DIM)
         return {"q": (batch, HEADS, length, DIM), "k": keys, "v": keys}
+    if name == "gated_norms":
+        paths = (batch, length, HEADS, DIM)
+        return dict.fromkeys("zos", paths) | dict.fromkeys(("weight_o", "weight_s"), paths[2:])
     if name == "diagonal_scan":
         sequence = (batch, length, STATE)
         return {"u": sequence, "log_decay": sequence, "initial_state": (batch, STATE)}
@@ -43,8 +46,8 @@ def call(name: str, tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
         options = {**options, "far": FarKeys(**far, mask=options["mask"], block=options["block"])}
         del options["mask"], options["block"]
         tensors = {n: x for n, x in tensors.items() if not n.startswith("far.")}
-    if name == "sparse_attention":
-        return [ops.sparse_attention(**tensors, **options)]
+    if name in ("sparse_attention", "gated_norms"):
+        return [getattr(ops, name)(**tensors, **options)]
     if name == "block_ssd" and "readable" in tensors:
         states = tensors["readable"], tensors["pending"]
         tensors = {n: x for n, x in tensors.items() if n not in ("readable", "pending")}
@@ -70,7 +73,7 @@ def inputs(
     for key, shape in _shapes(name, batch, length, prefix, groups).items():
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         x = x.abs() if key == "dt" else -x.abs() if key in ("A", "log_decay") else x
-        input_like = key in ("q", "k", "v", "x", "B", "C", "u")
+        input_like = key in ("q", "k", "v", "x", "B", "C", "u", "z", "o", "s")
         tensors[key] = x.to(dtype if input_like else torch.promote_types(dtype, torch.float32))
     return tensors
 
@@ -121,7 +124,8 @@ def cases(draw: Any, name: str, lengths: list[int]) -> dict[str, Any]:
     """Plain numbers from which `build` makes a call."""
     batch, length = draw(st.integers(1, 3)), draw(st.sampled_from(lengths))
     packed = st.lists(rows(length), min_size=batch, max_size=batch)
-    case = {"batch": batch, "length": length, "rows": draw(st.none() | packed)}
+    packed = st.none() if name == "gated_norms" else st.none() | packed
+    case = {"batch": batch, "length": length, "rows": draw(packed)}
     case |= {"seed": draw(st.integers(0, 99)), "options": {}}
     if name == "block_ssd":
         case["options"] = draw(chunks())
@@ -135,7 +139,7 @@ def cases(draw: Any, name: str, lengths: list[int]) -> dict[str, Any]:
         masks = st.sampled_from([(1, 1), (batch, 1), (1, case["groups"])])
         densities = st.sampled_from([0.0, 0.5, 1.0])
         case["far"] = draw(st.none() | st.tuples(st.integers(1, 3), blocks, masks, densities))
-    else:
+    elif name != "gated_norms":
         case["strength"] = draw(st.sampled_from([0.01, 1.0, 30.0]))
         case["invariant"] = draw(st.booleans())
     return case

@@ -12,11 +12,10 @@ from longctx_layers.layers.blade_mlp import MlpUpdate
 from longctx_layers.layers.ssm import (
     CONV_WIDTH,
     SelectiveProjection,
-    gated_mean,
     no_conv,
 )
 from longctx_layers.layers.state import Field
-from longctx_layers.ops import FarKeys, Segments, block_ssd
+from longctx_layers.ops import FarKeys, Segments, block_ssd, gated_norms
 from longctx_layers.ops.checks import expect_choice, expect_count, expect_positive
 from longctx_layers.ops.segments import chunk_start
 
@@ -185,8 +184,8 @@ class BLADE(AttentionLayer):
             initial_state=None if state is None else (state.readable, state.pending),
             segments=segments,
         )
-        gate = self.heads(torch.sigmoid(self.gate_proj(x)), self.n_heads)
-        y = gated_mean(gate, self.norm_o(o), self.norm_r(r))
+        z = self.heads(self.gate_proj(x), self.n_heads)
+        y = gated_norms(z, o, r, self.norm_o.weight, self.norm_r.weight)
         kept |= {"conv": inputs.conv, "readable": readable, "pending": pending}
         return y.flatten(2), kept
 

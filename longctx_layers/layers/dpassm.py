@@ -12,12 +12,11 @@ from longctx_layers.layers.ssm import (
     CONV_WIDTH,
     DiagonalSSM,
     SelectiveProjection,
-    gated_mean,
     no_conv,
 )
 from longctx_layers.layers.state import Field
 from longctx_layers.layers.window import WindowAttention
-from longctx_layers.ops import Segments, ssd
+from longctx_layers.ops import Segments, gated_norms, ssd
 from longctx_layers.ops.checks import expect_choice, expect_positive
 
 
@@ -148,11 +147,11 @@ class DPASSM(WindowAttention):
             h = x.new_zeros(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
             return o.flatten(2), {**kept, "conv": no_conv(x), "h": h}
         s, conv, h = self._state_space(x, state, segments)
-        gate = self.heads(torch.sigmoid(self.gate_proj(x)), self.n_heads)
+        z = self.heads(self.gate_proj(x), self.n_heads)
         if self.fuse == "gate":
-            y = gated_mean(gate, self.norm_o(o), self.norm_s(s))
+            y = gated_norms(z, o, s, self.norm_o.weight, self.norm_s.weight)
         else:
-            y = o + (1 - gate) * self.norm_s(s)
+            y = o + (1 - torch.sigmoid(z)) * self.norm_s(s)
         return y.flatten(2), {**kept, "conv": conv, "h": h}
 
     def _state_space(

@@ -138,8 +138,3 @@ class DiagonalSSM(nn.Module):
 def no_conv(x: Tensor) -> Tensor:
     """The empty conv tail of a layer without one: `[B, 3, 0]`."""
     return x.new_zeros(len(x), CONV_WIDTH - 1, 0)
-
-
-def gated_mean(gate: Tensor, o: Tensor, s: Tensor) -> Tensor:
-    """`g * o + (1 - g) * s`."""
-    return s + gate * (o - s)

@@ -3,6 +3,7 @@
 from longctx_layers.ops.attention import FarKeys, sparse_attention
 from longctx_layers.ops.block_ssd import block_ssd
 from longctx_layers.ops.dispatch import BACKENDS, Choice, explain, use_backend
+from longctx_layers.ops.gated_norms import gated_norms
 from longctx_layers.ops.scan import diagonal_scan
 from longctx_layers.ops.segments import Segments
 from longctx_layers.ops.ssd import ssd
@@ -15,6 +16,7 @@ __all__ = [
     "block_ssd",
     "diagonal_scan",
     "explain",
+    "gated_norms",
     "sparse_attention",
     "ssd",
     "use_backend",

@@ -144,6 +144,15 @@ def diagonal_scan(
     return torch.stack(hs, 1).to(u.dtype), h
 
 
+def gated_norms(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
+    """`longctx_layers.ops.gated_norms` as its formula."""
+    dtype, precise = z.dtype, torch.promote_types(z.dtype, torch.float32)
+    z, *paths = (x.to(precise) for x in (z, o, s))
+    o, s = (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in paths)
+    gate = 1 / (1 + torch.exp(-z))
+    return (gate * o * weight_o.to(precise) + (1 - gate) * s * weight_s.to(precise)).to(dtype)
+
+
 def _begins(segments: Segments, t: int) -> Tensor:
     """`[B, 1, 1, 1]`: whether token t is real and begins a segment."""
     begins = (segments.start[:, t] == t) & (t < segments.length)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ahead import TARGETS, compiled_for
-from longctx_layers.kernels import diagonal
+from longctx_layers.kernels import diagonal, gated_norms
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,22 @@ def test_diagonal(target, invariant, packed):
         assert kernel.registers <= 80  # many programs at once hide the latency of their loads
         assert kernel.count("LDG|global_load|buffer_load") > 0
         assert kernel.count("RED|ATOM|global_atomic") == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dim", [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (48, 256))])
+def test_gated_norms(target, dim):
+    paths = [torch.empty(2, 4096, 12, dim, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    weights = [torch.empty(12, dim, device="meta") for _ in range(2)]
+    with compiled_for(target) as found:
+        y = gated_norms.forward(*paths, *weights, 1e-5)
+        gated_norms.backward(y, *paths, *weights, 1e-5)
+    assert [kernel.name for kernel in found] == ["_forward", "_backward"]
+    for kernel in found:
+        assert kernel.spills == 0
+        assert kernel.registers <= 128
+        if dim != 48 and not target.startswith("gfx"):
+            assert kernel.count(r"LDG\.E\.128|LDG\.E\.\w+\.128") >= 3  # z, o and s
 
 
 def test_the_meter_sees_spills_and_tensor_cores():

@@ -3,22 +3,18 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from interpreter import interpreted
 from longctx_layers.kernels import diagonal
 from op_cases import assert_as_precise, assert_equal_in_float64, cases
 
-from longctx_layers.ops import diagonal_scan, triton_support
+from longctx_layers.ops import diagonal_scan
 
 LENGTHS = [1, 2, 15, 16, 17, 33, 40]  # around the edges of the small tiles below
 
 
 @pytest.fixture(autouse=True)
-def _interpret(monkeypatch):
-    monkeypatch.setattr(triton_support, "refuse", lambda x: None)
+def _interpret(interpret, monkeypatch):
     monkeypatch.setattr(diagonal, "TILE", 16)
     monkeypatch.setattr(diagonal, "CHANNELS", 4)
-    with interpreted():
-        yield
 
 
 @given(case=cases("diagonal_scan", LENGTHS))
