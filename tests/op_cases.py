@@ -24,6 +24,9 @@ def _shapes(name: str, batch: int, length: int, prefix: int, groups: int) -> dic
     if name == "gated_norms":
         paths = (batch, length, HEADS, DIM)
         return dict.fromkeys("zos", paths) | dict.fromkeys(("weight_o", "weight_s"), paths[2:])
+    if name == "conv_silu":
+        shapes = {"x": (batch, length, STATE), "weight": (STATE, 4)}
+        return shapes | {"before": (batch, 3, STATE)}
     if name == "diagonal_scan":
         sequence = (batch, length, STATE)
         return {"u": sequence, "log_decay": sequence, "initial_state": (batch, STATE)}
@@ -46,7 +49,7 @@ def call(name: str, tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
         options = {**options, "far": FarKeys(**far, mask=options["mask"], block=options["block"])}
         del options["mask"], options["block"]
         tensors = {n: x for n, x in tensors.items() if not n.startswith("far.")}
-    if name in ("sparse_attention", "gated_norms"):
+    if name in ("sparse_attention", "gated_norms", "conv_silu"):
         return [getattr(ops, name)(**tensors, **options)]
     if name == "block_ssd" and "readable" in tensors:
         states = tensors["readable"], tensors["pending"]
@@ -73,7 +76,7 @@ def inputs(
     for key, shape in _shapes(name, batch, length, prefix, groups).items():
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         x = x.abs() if key == "dt" else -x.abs() if key in ("A", "log_decay") else x
-        input_like = key in ("q", "k", "v", "x", "B", "C", "u", "z", "o", "s")
+        input_like = key in ("q", "k", "v", "x", "B", "C", "u", "z", "o", "s", "before")
         tensors[key] = x.to(dtype if input_like else torch.promote_types(dtype, torch.float32))
     return tensors
 
@@ -139,7 +142,7 @@ def cases(draw: Any, name: str, lengths: list[int]) -> dict[str, Any]:
         masks = st.sampled_from([(1, 1), (batch, 1), (1, case["groups"])])
         densities = st.sampled_from([0.0, 0.5, 1.0])
         case["far"] = draw(st.none() | st.tuples(st.integers(1, 3), blocks, masks, densities))
-    elif name != "gated_norms":
+    elif name not in ("gated_norms", "conv_silu"):
         case["strength"] = draw(st.sampled_from([0.01, 1.0, 30.0]))
         case["invariant"] = draw(st.booleans())
     return case

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longctx_layers.layers.base import AttentionLayer
 from longctx_layers.layers.state import tail
-from longctx_layers.ops import Segments, diagonal_scan
+from longctx_layers.ops import Segments, conv_silu, diagonal_scan
 
 CONV_WIDTH = 4
 
@@ -65,42 +65,18 @@ class SelectiveProjection(nn.Module):
         self, u: Tensor, before: Tensor | None, segments: Segments | None
     ) -> SelectiveInputs:
         """Project and convolve `[B, T, D]`; `before` is the state's `conv`."""
-        z, conv = short_conv(self.in_proj(u), self.conv, before, segments)
+        z = self.in_proj(u)
+        if before is None:
+            before = z.new_zeros(len(z), CONV_WIDTH - 1, self.channels)
+        before = before.to(z.dtype)
+        conv = tail(torch.cat([before, z], dim=1), CONV_WIDTH - 1, segments)
+        z = conv_silu(z, self.conv, before=before, segments=segments)
         inner = self.n_heads * self.head_dim
-        x, B, C = F.silu(z).split([inner, self.state_dim, self.state_dim], dim=-1)
+        x, B, C = z.split([inner, self.state_dim, self.state_dim], dim=-1)
         precise = torch.promote_types(u.dtype, torch.float32)
         dt = F.softplus(self.dt_proj(u).to(precise) + self.dt_bias.to(precise))
         A = -torch.exp(self.A_log.to(precise))
         return SelectiveInputs(x.unflatten(-1, (self.n_heads, self.head_dim)), dt, A, B, C, conv)
-
-
-def short_conv(
-    z: Tensor, weight: Tensor, before: Tensor | None, segments: Segments | None
-) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution over `[B, T, channels]`, restarting at every segment.
-
-    Args:
-        weight: `[channels, width]`; the last column weighs the token itself.
-        before: the last `width - 1` inputs of the call before; None for zeros.
-
-    Returns:
-        The outputs, and the last `width - 1` inputs of each row's segment.
-    """
-    width, length = weight.shape[1], z.shape[1]
-    if before is None:
-        padded = F.pad(z, (0, 0, width - 1, 0))
-    else:
-        padded = torch.cat([before.to(z.dtype), z], dim=1)
-    precise = torch.promote_types(z.dtype, torch.float32)
-    taps = weight.to(precise)
-    y = z.to(precise) * taps[:, -1]
-    for back in range(1, width):
-        term = padded[:, width - 1 - back : width - 1 - back + length] * taps[:, -1 - back]
-        if segments is not None:
-            index = torch.arange(length, device=z.device)
-            term = torch.where((index - back >= segments.start)[..., None], term, 0)
-        y = y + term
-    return y.to(z.dtype), tail(padded, width - 1, segments)
 
 
 class DiagonalSSM(nn.Module):

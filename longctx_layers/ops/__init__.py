@@ -2,6 +2,7 @@
 
 from longctx_layers.ops.attention import FarKeys, sparse_attention
 from longctx_layers.ops.block_ssd import block_ssd
+from longctx_layers.ops.conv_silu import conv_silu
 from longctx_layers.ops.dispatch import BACKENDS, Choice, explain, use_backend
 from longctx_layers.ops.gated_norms import gated_norms
 from longctx_layers.ops.scan import diagonal_scan
@@ -14,6 +15,7 @@ __all__ = [
     "FarKeys",
     "Segments",
     "block_ssd",
+    "conv_silu",
     "diagonal_scan",
     "explain",
     "gated_norms",

@@ -144,6 +144,25 @@ def diagonal_scan(
     return torch.stack(hs, 1).to(u.dtype), h
 
 
+def conv_silu(
+    x: Tensor, weight: Tensor, *, before: Tensor | None, segments: Segments | None
+) -> Tensor:
+    """`longctx_layers.ops.conv_silu` token by token, over the last few inputs of its segment."""
+    width, length = weight.shape[1], x.shape[1]
+    precise = torch.promote_types(x.dtype, torch.float32)
+    if before is None:
+        before = x.new_zeros(len(x), width - 1, x.shape[2])
+    known, ys = torch.cat([before, x], 1).to(precise), []
+    for t in range(length):
+        recent, index = known[:, t : t + width], torch.arange(t - width + 1, t + 1, device=x.device)
+        if segments is not None:
+            own = index >= segments.start[:, t, None]
+            recent = torch.where(own[..., None], recent, 0)
+        y = torch.einsum("bnc,cn->bc", recent, weight.to(precise))
+        ys.append(y / (1 + torch.exp(-y)))
+    return torch.stack(ys, 1).to(x.dtype)
+
+
 def gated_norms(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
     """`longctx_layers.ops.gated_norms` as its formula."""
     dtype, precise = z.dtype, torch.promote_types(z.dtype, torch.float32)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ahead import TARGETS, compiled_for
-from longctx_layers.kernels import diagonal, gated_norms
+from longctx_layers.kernels import conv_silu, diagonal, gated_norms
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,23 @@ def test_gated_norms(target, dim):
         assert kernel.registers <= 128
         if dim != 48 and not target.startswith("gfx"):
             assert kernel.count(r"LDG\.E\.128|LDG\.E\.\w+\.128") >= 3  # z, o and s
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_conv_silu(target, packed):
+    with torch.device("meta"):
+        x, weight = torch.empty(2, 4096, 896, dtype=torch.bfloat16), torch.empty(896, 4)
+        before = torch.empty(2, 3, 896, dtype=torch.bfloat16)
+        start = torch.empty(2, 4096, dtype=torch.int64) if packed else None
+    with compiled_for(target) as found:
+        y = conv_silu.forward(x, weight, before, start)
+        conv_silu.backward(y, x, weight, before, start)
+    assert [kernel.name for kernel in found] == ["_forward", "_through_silu", "_gather"]
+    for kernel in found:
+        assert kernel.spills == 0
+        assert kernel.registers <= 160
+        assert kernel.count("RED|ATOM|global_atomic") == 0
 
 
 def test_the_meter_sees_spills_and_tensor_cores():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from op_cases import assert_as_precise, assert_equal_in_float64, cases
 
 NAMES = pytest.mark.parametrize(
-    "name", ["sparse_attention", "ssd", "block_ssd", "diagonal_scan", "gated_norms"]
+    "name", ["sparse_attention", "ssd", "block_ssd", "diagonal_scan", "conv_silu", "gated_norms"]
 )
 # Around the edges of blocks (16 to 128), of tiles (64), and of those of full attention (256).
 EDGES = [1, 2, 5, 16, 17, 63, 64, 65, 127, 128, 129, 200, 255, 257]

@@ -1,0 +1,221 @@
+"""Causal convolution per channel with SiLU, in one pass, and its gradients.
+
+A program takes a tile of tokens and channels; the few tokens before it are read again. The backward
+computes the convolution again, writes the gradient of what SiLU saw, and gathers from that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from longctx_layers.kernels.guard import check_import_name
+from torch import Tensor
+
+check_import_name(__name__)
+
+TOKENS, CHANNELS = 32, 64  # of a program
+LAUNCH = {"num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _input(
+    X, BEFORE, b, source, start, real, c, T, C,
+    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """`x` at source tokens, 0 where they belong to another segment or to none."""
+    if PACKED:
+        real = real & (source >= start)
+    mask = real[:, None] & (c < C)[None, :]
+    here = (b * T + source)[:, None] * C + c
+    x = tl.load(X + here, mask=mask & (source >= 0)[:, None], other=0.0).to(PRECISE)
+    if HAS_BEFORE:
+        there = (b * (WIDTH - 1) + WIDTH - 1 + source)[:, None] * C + c
+        x += tl.load(BEFORE + there, mask=mask & (source < 0)[:, None], other=0.0).to(PRECISE)
+    return x
+
+
+@triton.jit
+def _convolved(
+    X, W, BEFORE, b, t, start, c, T, C,
+    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    y = tl.zeros((TOKENS, CHANNELS), PRECISE)
+    for back in tl.static_range(WIDTH):
+        x = _input(
+            X, BEFORE, b, t - back, start, t < T, c, T, C, WIDTH, HAS_BEFORE, PACKED, PRECISE
+        )
+        y += x * tl.load(W + c * WIDTH + (WIDTH - 1 - back), mask=c < C, other=0.0).to(PRECISE)
+    return y
+
+
+@triton.jit
+def _forward(
+    X, W, BEFORE, START, Y, T, C,
+    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    start = tl.load(START + b * T + t, mask=t < T, other=0) if PACKED else t
+    y = _convolved(
+        X, W, BEFORE, b, t, start, c, T, C,
+        WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE,
+    )  # fmt: skip
+    y *= tl.sigmoid(y)
+    out = (b * T + t)[:, None] * C + c
+    tl.store(Y + out, y.to(Y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _through_silu(
+    DY, X, W, BEFORE, START, INNER, DW, T, C, tiles,
+    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the convolution's output, and a tile's share of the weights'."""
+    tile, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    t = tile * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    start = tl.load(START + b * T + t, mask=t < T, other=0) if PACKED else t
+    y = _convolved(
+        X, W, BEFORE, b, t, start, c, T, C,
+        WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE,
+    )  # fmt: skip
+    gate = tl.sigmoid(y)
+    at = (b * T + t)[:, None] * C + c
+    mask = (t < T)[:, None] & (c < C)[None, :]
+    inner = tl.load(DY + at, mask=mask, other=0.0).to(PRECISE) * gate * (1 + y * (1 - gate))
+    tl.store(INNER + at, inner, mask=mask)
+    for back in tl.static_range(WIDTH):
+        x = _input(
+            X, BEFORE, b, t - back, start, t < T, c, T, C, WIDTH, HAS_BEFORE, PACKED, PRECISE
+        )
+        out = ((b * tiles + tile) * WIDTH + (WIDTH - 1 - back)) * C + c
+        tl.store(DW + out, tl.sum(inner * x, 0), mask=c < C)
+
+
+@triton.jit
+def _gather(
+    INNER, W, START, DX, DBEFORE, T, C,
+    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x and of the inputs before it: what the next few tokens read of each."""
+    b = tl.program_id(2).to(tl.int64)
+    source = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS) - (WIDTH - 1)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    dx = tl.zeros((TOKENS, CHANNELS), PRECISE)
+    for back in tl.static_range(WIDTH):
+        t = source + back
+        reads = (t >= 0) & (t < T)
+        if PACKED:
+            reads = reads & (source >= tl.load(START + b * T + t, mask=reads, other=0))
+        mask = reads[:, None] & (c < C)[None, :]
+        inner = tl.load(INNER + (b * T + t)[:, None] * C + c, mask=mask, other=0.0)
+        dx += inner * tl.load(W + c * WIDTH + (WIDTH - 1 - back), mask=c < C, other=0.0).to(PRECISE)
+    mask = (c < C)[None, :] & (source < T)[:, None]
+    here = (b * T + source)[:, None] * C + c
+    tl.store(DX + here, dx.to(DX.dtype.element_ty), mask=mask & (source >= 0)[:, None])
+    if HAS_BEFORE:
+        there = (b * (WIDTH - 1) + WIDTH - 1 + source)[:, None] * C + c
+        dx = dx.to(DBEFORE.dtype.element_ty)
+        tl.store(DBEFORE + there, dx, mask=mask & (source < 0)[:, None])
+
+
+def _shape(
+    x: Tensor, weight: Tensor, before: Tensor | None, start: Tensor | None
+) -> tuple[int, tuple[Any, ...]]:
+    """Blocks of channels, and the last arguments of all kernels."""
+    precise = tl.float64 if x.dtype == torch.float64 else tl.float32
+    options = (weight.shape[1], before is not None, start is not None, TOKENS, CHANNELS, precise)
+    return triton.cdiv(x.shape[2], CHANNELS), options
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def forward(x: Tensor, weight: Tensor, before: Tensor | None, start: Tensor | None) -> Tensor:
+    """`[B, T, C]`; see `longctx_layers.ops.conv_silu`."""
+    x, weight, before, start = _contiguous(x, weight, before, start)
+    (batch, length, channels), y = x.shape, x.new_empty(x.shape)
+    blocks, options = _shape(x, weight, before, start)
+    _forward[(triton.cdiv(length, TOKENS), blocks, batch)](
+        x, weight, before, start, y, length, channels, *options, **LAUNCH
+    )
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, before: Tensor | None, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and before (without one: of no elements)."""
+    dy, x, weight, before, start = _contiguous(dy, x, weight, before, start)
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    blocks, options = _shape(x, weight, before, start)
+    tiles = triton.cdiv(length, TOKENS)
+    inner = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    dweight = inner.new_empty(batch, tiles, width, channels)
+    _through_silu[(tiles, blocks, batch)](
+        dy, x, weight, before, start, inner, dweight, length, channels, tiles, *options, **LAUNCH
+    )
+    dx = x.new_empty(x.shape)
+    dbefore = x.new_empty(0) if before is None else x.new_empty(before.shape)
+    _gather[(triton.cdiv(length + width - 1, TOKENS), blocks, batch)](
+        inner, weight, start, dx, dbefore, length, channels, *options, **LAUNCH
+    )
+    return dx, dweight.sum((0, 1)).T.to(weight.dtype).contiguous(), dbefore
+
+
+@torch.library.custom_op(
+    "longctx::conv_silu",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? before=None, Tensor? start=None) -> Tensor",
+)
+def conv_silu(
+    x: Tensor, weight: Tensor, before: Tensor | None = None, start: Tensor | None = None
+) -> Tensor:
+    """`forward`, with gradients, as one node of a compiled or exported graph."""
+    return forward(x, weight, before, start)
+
+
+@conv_silu.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "longctx::conv_silu_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? before, Tensor? start)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _conv_silu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, before: Tensor | None, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(dy, x, weight, before, start)
+
+
+@_conv_silu_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, before: Tensor | None, start: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (0,) if before is None else before.shape
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbefore = _conv_silu_backward(dy, *ctx.saved_tensors)
+    return dx, dweight, None if ctx.saved_tensors[2] is None else dbefore, None
+
+
+conv_silu.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,83 @@
+"""The short causal convolution in front of a selective state space, with its SiLU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longctx_layers.ops import reference, triton_support
+from longctx_layers.ops.checks import expect_dtype, expect_shape
+from longctx_layers.ops.dispatch import Operation
+from longctx_layers.ops.segments import Segments
+
+_operation = Operation("conv_silu")
+
+
+def conv_silu(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    before: Tensor | None = None,
+    segments: Segments | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`SiLU(sum_n weight_n x_(t - W + 1 + n))`: a causal convolution per channel, then SiLU.
+
+    Args:
+        x: `[B, T, C]`.
+        weight: `[C, W]`; the last column weighs the token itself.
+        before: `[B, W - 1, C]`, the inputs before the first token, in x's dtype; None for zeros.
+        segments: at whose starts the convolution begins anew; None for one segment.
+        backend: see `longctx_layers.explain`.
+
+    Returns:
+        `[B, T, C]` in x's dtype, computed in float32 at least and rounded once.
+
+    Raises:
+        ValueError, TypeError: for shapes or dtypes that do not fit.
+
+    Source: Dao and Gu, Mamba-2, arXiv 2405.21060.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x: expected [B, T, C], got a tensor of shape {list(x.shape)}")
+    batch, length, channels = x.shape
+    expect_shape("weight", weight, (channels, None), "[C, W]")
+    if before is not None:
+        expect_shape("before", before, (batch, weight.shape[1] - 1, channels), "[B, W - 1, C]")
+        expect_dtype("before", before, x.dtype)
+    if segments is not None:
+        expect_shape("segments.start", segments.start, (batch, length), "[B, T]")
+    result: Tensor = _operation(x, weight, before=before, segments=segments, backend=backend)
+    return result
+
+
+@_operation.register("triton", refuse=lambda x, *args, **kwargs: triton_support.refuse(x))
+def _triton(
+    x: Tensor, weight: Tensor, *, before: Tensor | None, segments: Segments | None
+) -> Tensor:
+    from longctx_layers.kernels.conv_silu import conv_silu as kernel  # imports Triton
+
+    y: Tensor = kernel(x, weight, before, None if segments is None else segments.start)
+    return y
+
+
+@_operation.register("torch")
+def _torch(
+    x: Tensor, weight: Tensor, *, before: Tensor | None, segments: Segments | None
+) -> Tensor:
+    width, length = weight.shape[1], x.shape[1]
+    padded = F.pad(x, (0, 0, width - 1, 0)) if before is None else torch.cat([before, x], dim=1)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    taps = weight.to(precise)
+    y = x.to(precise) * taps[:, -1]
+    for back in range(1, width):
+        term = padded[:, width - 1 - back : width - 1 - back + length] * taps[:, -1 - back]
+        if segments is not None:
+            index = torch.arange(length, device=x.device)
+            term = torch.where((index - back >= segments.start)[..., None], term, 0)
+        y = y + term
+    return F.silu(y).to(x.dtype)
+
+
+_operation.register("reference")(reference.conv_silu)
