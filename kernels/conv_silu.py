@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from longctx_layers.kernels.guard import check_import_name
 from torch import Tensor
+
+from longctx_layers.kernels.guard import check_import_name
 
 check_import_name(__name__)
 
@@ -39,17 +40,22 @@ def _input(
 
 @triton.jit
 def _convolved(
-    X, W, BEFORE, b, t, start, c, T, C,
+    X, W, BEFORE, START, T, C,
     WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
+    """The program's row, tokens, where their segments begin, channels; and their convolution."""
+    b = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    start = tl.load(START + b * T + t, mask=t < T, other=0) if PACKED else t
     y = tl.zeros((TOKENS, CHANNELS), PRECISE)
     for back in tl.static_range(WIDTH):
         x = _input(
             X, BEFORE, b, t - back, start, t < T, c, T, C, WIDTH, HAS_BEFORE, PACKED, PRECISE
         )
         y += x * tl.load(W + c * WIDTH + (WIDTH - 1 - back), mask=c < C, other=0.0).to(PRECISE)
-    return y
+    return b, t, start, c, y
 
 
 @triton.jit
@@ -58,14 +64,9 @@ def _forward(
     WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    start = tl.load(START + b * T + t, mask=t < T, other=0) if PACKED else t
-    y = _convolved(
-        X, W, BEFORE, b, t, start, c, T, C,
-        WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE,
-    )  # fmt: skip
+    b, t, start, c, y = _convolved(
+        X, W, BEFORE, START, T, C, WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE
+    )
     y *= tl.sigmoid(y)
     out = (b * T + t)[:, None] * C + c
     tl.store(Y + out, y.to(Y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
@@ -73,29 +74,25 @@ def _forward(
 
 @triton.jit
 def _through_silu(
-    DY, X, W, BEFORE, START, INNER, DW, T, C, tiles,
+    DY, X, W, BEFORE, START, INNER, DW, T, C,
     WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the convolution's output, and a tile's share of the weights'."""
-    tile, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    t = tile * TOKENS + tl.arange(0, TOKENS)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    start = tl.load(START + b * T + t, mask=t < T, other=0) if PACKED else t
-    y = _convolved(
-        X, W, BEFORE, b, t, start, c, T, C,
-        WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE,
-    )  # fmt: skip
+    b, t, start, c, y = _convolved(
+        X, W, BEFORE, START, T, C, WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE
+    )
     gate = tl.sigmoid(y)
     at = (b * T + t)[:, None] * C + c
     mask = (t < T)[:, None] & (c < C)[None, :]
     inner = tl.load(DY + at, mask=mask, other=0.0).to(PRECISE) * gate * (1 + y * (1 - gate))
     tl.store(INNER + at, inner, mask=mask)
+    tile = b * tl.num_programs(0) + tl.program_id(0)
     for back in tl.static_range(WIDTH):
         x = _input(
             X, BEFORE, b, t - back, start, t < T, c, T, C, WIDTH, HAS_BEFORE, PACKED, PRECISE
         )
-        out = ((b * tiles + tile) * WIDTH + (WIDTH - 1 - back)) * C + c
+        out = (tile * WIDTH + (WIDTH - 1 - back)) * C + c
         tl.store(DW + out, tl.sum(inner * x, 0), mask=c < C)
 
 
@@ -140,7 +137,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def forward(x: Tensor, weight: Tensor, before: Tensor | None, start: Tensor | None) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, before: Tensor | None = None, start: Tensor | None = None
+) -> Tensor:
     """`[B, T, C]`; see `longctx_layers.ops.conv_silu`."""
     x, weight, before, start = _contiguous(x, weight, before, start)
     (batch, length, channels), y = x.shape, x.new_empty(x.shape)
@@ -162,7 +161,7 @@ def backward(
     inner = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     dweight = inner.new_empty(batch, tiles, width, channels)
     _through_silu[(tiles, blocks, batch)](
-        dy, x, weight, before, start, inner, dweight, length, channels, tiles, *options, **LAUNCH
+        dy, x, weight, before, start, inner, dweight, length, channels, *options, **LAUNCH
     )
     dx = x.new_empty(x.shape)
     dbefore = x.new_empty(0) if before is None else x.new_empty(before.shape)
@@ -172,16 +171,12 @@ def backward(
     return dx, dweight.sum((0, 1)).T.to(weight.dtype).contiguous(), dbefore
 
 
-@torch.library.custom_op(
+conv_silu = torch.library.custom_op(
     "longctx::conv_silu",
+    forward,
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? before=None, Tensor? start=None) -> Tensor",
 )
-def conv_silu(
-    x: Tensor, weight: Tensor, before: Tensor | None = None, start: Tensor | None = None
-) -> Tensor:
-    """`forward`, with gradients, as one node of a compiled or exported graph."""
-    return forward(x, weight, before, start)
 
 
 @conv_silu.register_fake
@@ -189,16 +184,13 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(
+_conv_silu_backward = torch.library.custom_op(
     "longctx::conv_silu_backward",
+    backward,
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? before, Tensor? start)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def _conv_silu_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, before: Tensor | None, start: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(dy, x, weight, before, start)
 
 
 @_conv_silu_backward.register_fake

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from longctx_layers.kernels.guard import check_import_name
 from torch import Tensor
+
+from longctx_layers.kernels.guard import check_import_name
 
 check_import_name(__name__)
 
@@ -167,8 +168,8 @@ def forward(
     u: Tensor,
     decay: Tensor,
     initial_state: Tensor,
-    start: Tensor | None,
-    length: Tensor | None,
+    start: Tensor | None = None,
+    length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All states `[B, T, N]` and the final one `[B, N]`, in the initial state's dtype.
 
@@ -215,21 +216,13 @@ def backward(
     return du, ddecay.sum((0, 1)) if invariant else ddecay, dinitial
 
 
-@torch.library.custom_op(
+diagonal_scan = torch.library.custom_op(
     "longctx::diagonal_scan",
+    forward,
     mutates_args=(),
     schema="(Tensor u, Tensor decay, Tensor initial_state, Tensor? start=None,"
     " Tensor? length=None) -> (Tensor, Tensor)",
 )
-def diagonal_scan(
-    u: Tensor,
-    decay: Tensor,
-    initial_state: Tensor,
-    start: Tensor | None = None,
-    length: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`forward`, with gradients, as one node of a compiled or exported graph."""
-    return forward(u, decay, initial_state, start, length)
 
 
 @diagonal_scan.register_fake
@@ -237,22 +230,13 @@ def _(u: Tensor, decay: Tensor, initial_state: Tensor, *_: Any) -> tuple[Tensor,
     return initial_state.new_empty(u.shape), torch.empty_like(initial_state)
 
 
-@torch.library.custom_op(
+_diagonal_scan_backward = torch.library.custom_op(
     "longctx::diagonal_scan_backward",
+    backward,
     mutates_args=(),
     schema="(Tensor dh, Tensor dfinal, Tensor h, Tensor decay, Tensor initial_state,"
     " Tensor? start, Tensor? length) -> (Tensor, Tensor, Tensor)",
 )
-def _diagonal_scan_backward(
-    dh: Tensor,
-    dfinal: Tensor,
-    h: Tensor,
-    decay: Tensor,
-    initial_state: Tensor,
-    start: Tensor | None,
-    length: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(dh, dfinal, h, decay, initial_state, start, length)
 
 
 @_diagonal_scan_backward.register_fake

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from longctx_layers.kernels.guard import check_import_name
 from torch import Tensor
+
+from longctx_layers.kernels.guard import check_import_name
 
 check_import_name(__name__)
 
@@ -114,16 +115,12 @@ def backward(
     return dz, do, ds, dw_o.sum(0).to(weight_o.dtype), dw_s.sum(0).to(weight_s.dtype)
 
 
-@torch.library.custom_op(
+gated_norms = torch.library.custom_op(
     "longctx::gated_norms",
+    forward,
     mutates_args=(),
     schema="(Tensor z, Tensor o, Tensor s, Tensor weight_o, Tensor weight_s, float eps) -> Tensor",
 )
-def gated_norms(
-    z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor, eps: float
-) -> Tensor:
-    """`forward`, with gradients, as one node of a compiled or exported graph."""
-    return forward(z, o, s, weight_o, weight_s, eps)
 
 
 @gated_norms.register_fake
@@ -131,16 +128,13 @@ def _(z: Tensor, *_: Any) -> Tensor:
     return z.new_empty(z.shape)
 
 
-@torch.library.custom_op(
+_gated_norms_backward = torch.library.custom_op(
     "longctx::gated_norms_backward",
+    backward,
     mutates_args=(),
     schema="(Tensor dy, Tensor z, Tensor o, Tensor s, Tensor weight_o, Tensor weight_s, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _gated_norms_backward(
-    dy: Tensor, z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward(dy, z, o, s, weight_o, weight_s, eps)
 
 
 @_gated_norms_backward.register_fake

@@ -140,10 +140,10 @@ def _by_block_name(block_kwargs: Any, pattern: tuple[str, ...]) -> dict[str, dic
             "pass e.g. {'window_size': 128}"
         )
     names = sorted(set(pattern))
-    by_name = block_kwargs and all(isinstance(given, Mapping) for given in block_kwargs.values())
+    by_name = all(isinstance(given, Mapping) for given in block_kwargs.values())
     if len(names) == 1 and not (by_name and set(block_kwargs) <= set(LAYERS)):
         block_kwargs = {names[0]: block_kwargs}
-    elif not (set(block_kwargs) <= set(names) and (by_name or not block_kwargs)):
+    elif not (by_name and set(block_kwargs) <= set(names)):
         raise ValueError(
             f"block_kwargs: expected a dict of options for each of {names}, got "
             f"{dict(block_kwargs)}; give them by block name, {{{names[0]!r}: {{...}}}}"

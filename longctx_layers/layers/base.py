@@ -15,6 +15,7 @@ from longctx_layers.layers.rotary import rotary_table, rotate
 from longctx_layers.layers.state import Field, Rows, arrange, tail
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
 from longctx_layers.ops.checks import expect_number, expect_positive
+from longctx_layers.ops.gated_norms import head_norm
 
 
 def draw_weight(weight: Tensor, scale: float = 1.0) -> None:
@@ -71,9 +72,7 @@ class HeadNorm(nn.Module):
         nn.init.constant_(self.weight, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        precise = torch.promote_types(x.dtype, torch.float32)
-        normed = F.rms_norm(x.to(precise), x.shape[-1:], eps=1e-5)
-        return (normed * self.weight.to(precise)).to(x.dtype)
+        return head_norm(x, self.weight).to(x.dtype)
 
 
 class AttentionLayer(nn.Module):
@@ -122,8 +121,8 @@ class AttentionLayer(nn.Module):
         expect_number("dropout", dropout)
         if rope_base is not None:
             expect_number("rope_base", rope_base)
-        if rope_base is not None and not (math.isfinite(rope_base) and rope_base > 0):
-            raise ValueError(f"rope_base: expected a number above 0 or None, got {rope_base}")
+            if not (math.isfinite(rope_base) and rope_base > 0):
+                raise ValueError(f"rope_base: expected a number above 0 or None, got {rope_base}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads

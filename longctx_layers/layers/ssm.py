@@ -69,7 +69,9 @@ class SelectiveProjection(nn.Module):
         if before is None:
             before = z.new_zeros(len(z), CONV_WIDTH - 1, self.channels)
         before = before.to(z.dtype)
-        conv = tail(torch.cat([before, z], dim=1), CONV_WIDTH - 1, segments)
+        # Without segments rows end together: no need to copy all of z for its end.
+        recent = z[:, 1 - CONV_WIDTH :] if segments is None else z
+        conv = tail(torch.cat([before, recent], dim=1), CONV_WIDTH - 1, segments)
         z = conv_silu(z, self.conv, before=before, segments=segments)
         inner = self.n_heads * self.head_dim
         x, B, C = z.split([inner, self.state_dim, self.state_dim], dim=-1)

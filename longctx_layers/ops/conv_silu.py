@@ -52,7 +52,7 @@ def conv_silu(
     return result
 
 
-@_operation.register("triton", refuse=lambda x, *args, **kwargs: triton_support.refuse(x))
+@_operation.register("triton", refuse=triton_support.refuse)
 def _triton(
     x: Tensor, weight: Tensor, *, before: Tensor | None, segments: Segments | None
 ) -> Tensor:

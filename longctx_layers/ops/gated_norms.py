@@ -15,6 +15,12 @@ EPS = 1e-5
 _operation = Operation("gated_norms")
 
 
+def head_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm of each head, scaled by `[H, P]`: `[..., H, P]` to the same, in float32 at least."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(precise), x.shape[-1:], eps=EPS) * weight.to(precise)
+
+
 def gated_norms(
     z: Tensor,
     o: Tensor,
@@ -50,7 +56,7 @@ def gated_norms(
     return result
 
 
-@_operation.register("triton", refuse=lambda z, *args, **kwargs: triton_support.refuse(z))
+@_operation.register("triton", refuse=triton_support.refuse)
 def _triton(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
     from longctx_layers.kernels.gated_norms import gated_norms as kernel  # imports Triton
 
@@ -60,12 +66,8 @@ def _triton(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor)
 
 @_operation.register("torch")
 def _torch(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
-    precise = torch.promote_types(z.dtype, torch.float32)
-    o, s = (
-        F.rms_norm(x.to(precise), x.shape[-1:], eps=EPS) * weight.to(precise)
-        for x, weight in ((o, weight_o), (s, weight_s))
-    )
-    return torch.lerp(s, o, torch.sigmoid(z.to(precise))).to(z.dtype)
+    o, s = head_norm(o, weight_o), head_norm(s, weight_s)
+    return torch.lerp(s, o, torch.sigmoid(z.to(o.dtype))).to(z.dtype)
 
 
 _operation.register("reference")(reference.gated_norms)

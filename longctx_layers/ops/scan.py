@@ -64,7 +64,7 @@ def diagonal_scan(
     return result
 
 
-@_operation.register("triton", refuse=lambda u, *args, **kwargs: triton_support.refuse(u))
+@_operation.register("triton", refuse=triton_support.refuse)
 def _triton(
     u: Tensor, log_decay: Tensor, *, initial_state: Tensor, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:

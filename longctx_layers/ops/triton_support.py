@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import metadata, util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,20 @@ INSTALLED = util.find_spec("triton") is not None
 VERSION = tuple(map(int, re.findall(r"\d+", metadata.version("triton"))[:3])) if INSTALLED else ()
 
 
-def refuse(x: Tensor) -> str | None:
-    """Why Triton's kernels can't run a call on this tensor, or None."""
-    if x.device.type != "cuda":
-        return f"needs a GPU of NVIDIA or AMD, got a tensor on {x.device.type!r}"
+def refuse(x: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why Triton's kernels can't run an operation's call, whose first argument is x, or None."""
+    return refuse_device(x.device)
+
+
+def refuse_device(device: torch.device) -> str | None:
+    """Why Triton's kernels can't run on a device, or None."""
+    if device.type != "cuda":
+        return f"needs a GPU of NVIDIA or AMD, got a tensor on {device.type!r}"
     if not INSTALLED:
         return "Triton is not installed: pip install 'longctx-layers[triton]'"
     hip = torch.version.hip is not None
     # Unlike get_device_capability, torch.compile takes the properties for a constant.
-    return refuse_version(
-        VERSION, None if hip else torch.cuda.get_device_properties(x.device).major
-    )
+    return refuse_version(VERSION, None if hip else torch.cuda.get_device_properties(device).major)
 
 
 def refuse_version(version: tuple[int, ...], capability: int | None) -> str | None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ahead import TARGETS, compiled_for
+
 from longctx_layers.kernels import conv_silu, diagonal, gated_norms
 
 
