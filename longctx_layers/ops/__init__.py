@@ -1,9 +1,10 @@
 """Pure functions over tensors: one name, one piece of mathematics, several backends."""
 
-from longctx_layers.ops.attention import FarKeys, sparse_attention
+from longctx_layers.ops.attention import sparse_attention
 from longctx_layers.ops.block_ssd import block_ssd
 from longctx_layers.ops.conv_silu import conv_silu
 from longctx_layers.ops.dispatch import BACKENDS, Choice, explain, use_backend
+from longctx_layers.ops.far import FarKeys
 from longctx_layers.ops.gated_norms import gated_norms
 from longctx_layers.ops.scan import diagonal_scan
 from longctx_layers.ops.segments import Segments

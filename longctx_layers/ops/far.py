@@ -1,14 +1,32 @@
-"""Which keys outside their range queries see: global, random and memory keys, as `FarKeys`."""
+"""Keys outside the range of their queries: global, random and memory keys."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longctx_layers.ops.attention import FarKeys
 from longctx_layers.ops.segments import Segments
 
 RANDOM_BLOCK = 64  # queries that share one set of random keys
+
+
+class FarKeys(NamedTuple):
+    """Keys that queries see besides their range, matched by content: a list per block of queries.
+
+    Attributes:
+        q: `[B, H, T, P]`, the queries that match them (without rotary embedding).
+        k, v: `[B, G, L, F, P]`: list l serves the queries `[l * block, (l + 1) * block)`.
+        mask: `[B or 1, G or 1, T, F]` bool, True where the query sees the key of its list.
+        block: queries per list; L = ceil(T / block).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+    block: int
 
 
 def far_block(window_size: int, segments: Segments | None) -> int:
