@@ -17,7 +17,7 @@ check_import_name(__name__)
 
 Config = TypeVar("Config")
 
-DEFAULT = "default"  # GPUs without a row: those with some 100 KiB of shared memory, and unknown ones
+DEFAULT = "default"  # GPUs without a row: those with 100 KiB of shared memory, and unknown ones
 
 
 def target() -> str:
