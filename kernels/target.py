@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 import triton
 
 from longctx_layers.kernels.guard import check_import_name
@@ -32,3 +33,17 @@ def target() -> str:
 def pick(table: Mapping[str, Config]) -> Config:
     """The current target's row."""
     return table.get(target(), table[DEFAULT])
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies float32: as exactly as torch is asked to."""
+    if dtype != torch.float32 or target().startswith("gfx"):
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def processors(device: torch.device) -> int:
+    """How many programs the device runs side by side at least."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

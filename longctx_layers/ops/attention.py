@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from longctx_layers.ops import reference
+from longctx_layers.ops import reference, triton_support
 from longctx_layers.ops.blocked_attention import blocked_attention
 from longctx_layers.ops.checks import expect_dtype, expect_positive, expect_shape
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.far import FarKeys
-from longctx_layers.ops.segments import Segments
+from longctx_layers.ops.segments import Segments, range_start
 
 _operation = Operation("sparse_attention")
 
@@ -129,6 +131,50 @@ def _check(
         expect_shape("far.k", far.k, (batch, k.shape[1], lists, None, dim), "[B, G, L, F, P]")
         expect_shape("far.v", far.v, tuple(far.k.shape), "[B, G, L, F, P], as far.k")
         expect_shape("far.mask", far.mask, (None, None, length, far.k.shape[3]), "[B, G, T, F]")
+
+
+def _refuse_triton(q: Tensor, *_: Tensor, dropout_p: float, scale: float, **__: Any) -> str | None:
+    if (reason := triton_support.refuse(q)) is not None:
+        return reason
+    limit = 256 if q.dtype.itemsize == 2 else 128
+    if q.shape[-1] > limit:
+        return f"takes head_dim up to {limit} in {q.dtype}, got {q.shape[-1]}"
+    if dropout_p > 0:
+        return f"drops no attention weights, got dropout_p = {dropout_p}"
+    if scale <= 0:
+        return f"needs a scale above 0, got {scale}"
+    return None
+
+
+@_operation.register("triton", refuse=_refuse_triton)
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_size: int | None,
+    chunk_size: int | None,
+    chunk_shift: int,
+    segments: Segments | None,
+    far: FarKeys | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    from longctx_layers.kernels.attention import sparse_attention as kernel  # imports Triton
+
+    first = range_start(
+        q.shape[2],
+        segments,
+        prefix=k.shape[2] - q.shape[2],
+        window_size=window_size,
+        chunk_size=chunk_size,
+        chunk_shift=chunk_shift,
+        device=q.device,
+    )
+    first = first.to(torch.int32).contiguous()
+    *distant, block = (None, None, None, None, 0) if far is None else far
+    y: Tensor = kernel(q, k, v, first, *distant, block, scale)[0]
+    return y
 
 
 _operation.register("torch")(blocked_attention)

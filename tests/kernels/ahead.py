@@ -95,7 +95,8 @@ def _amd(name: str, kernel: Any) -> Compiled:
         return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
 
     lines = re.findall(r"^\s+([a-z]\w+)\s", text, re.MULTILINE)
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    # Scalar registers spill to lanes of vector ones, not to memory.
+    spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
     return Compiled(name, number("vgpr_count"), spills, kernel.metadata.shared, lines)
 
 

@@ -3,11 +3,20 @@
 import pytest
 from interpreter import interpreted
 
-from longctx_layers.kernels import conv_silu, diagonal, gated_norms
+from longctx_layers.kernels import (
+    attention_backward,
+    attention_forward,
+    conv_silu,
+    diagonal,
+    gated_norms,
+)
 from longctx_layers.ops import triton_support
 
 # Small programs, so that short inputs have many of them, and edges.
+TILES = {"default": attention_forward.Choices(*[attention_forward.Tiles(16, 16, 4, 1)] * 4)}
 SIZES = {
+    attention_forward: {"FORWARD": TILES, "DECODE": TILES},
+    attention_backward: {"QUERIES": TILES, "KEYS": TILES, "FAR": TILES},
     conv_silu: {"TOKENS": 8, "CHANNELS": 4},
     diagonal: {"TILE": 16, "CHANNELS": 4},
     gated_norms: {"ELEMENTS": 32},
@@ -15,11 +24,16 @@ SIZES = {
 
 
 @pytest.fixture
-def interpret(monkeypatch):
-    """Triton's backend accepts CPU tensors, and the interpreter runs its kernels."""
+def small(monkeypatch):
+    """Small programs, and Triton's backend accepts CPU tensors."""
     monkeypatch.setattr(triton_support, "refuse_device", lambda device: None)
     for module, sizes in SIZES.items():
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)
+
+
+@pytest.fixture
+def interpret(small):
+    """The interpreter runs Triton's kernels, small ones."""
     with interpreted():
         yield

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("interpret")
 LENGTHS = {
     "conv_silu": [1, 2, 3, 5, 7, 8, 9, 17],
     "diagonal_scan": [1, 2, 15, 16, 17, 33, 40],
+    "sparse_attention": [1, 2, 15, 16, 17, 33, 40],
     "gated_norms": [1, 2, 7, 8, 9, 17],
 }
 NAMES = pytest.mark.parametrize("name", LENGTHS)
