@@ -6,6 +6,7 @@ each kernel exactly as it would on that GPU, specialisation included; `Compiled`
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -39,18 +40,54 @@ class Compiled(NamedTuple):
         registers: of a thread.
         spills: instructions or registers that go to local memory.
         shared: bytes of shared memory of a program.
+        warps: of a program.
         instructions: names of all machine instructions, in order.
+        loops: those of each innermost loop that multiplies matrices.
     """
 
     name: str
     registers: int
     spills: int
     shared: int
+    warps: int
     instructions: list[str]
+    loops: list[list[str]]
 
     def count(self, pattern: str) -> int:
         """Instructions whose name matches."""
-        return sum(bool(re.match(pattern, name)) for name in self.instructions)
+        return count(self.instructions, pattern)
+
+
+def count(instructions: list[str], pattern: str) -> int:
+    """Instructions whose name matches."""
+    return sum(bool(re.match(pattern, name)) for name in instructions)
+
+
+# Tensor cores of sm_80 and sm_89, of sm_90 and of sm_100, and AMD's.
+MATRIX_PRODUCTS = r"HMMA|HGMMA|UTC\w*MMA|DMMA|v_mfma"
+
+
+def _innermost_loops(names: list[str], jumps: list[tuple[int, int]]) -> list[list[str]]:
+    """Bodies between a jump backwards and where it leads, if no other one lies inside."""
+    spans = [(to, at) for at, to in jumps if to <= at]
+    inner = [
+        (a, b)
+        for a, b in spans
+        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)
+    ]
+    bodies = [names[a : b + 1] for a, b in inner]
+    return [body for body in bodies if count(body, MATRIX_PRODUCTS)]
+
+
+def matrix_flops(instructions: list[str], warps: int) -> int:
+    """Operations of a program's matrix products; sm_100's instructions do not tell their shapes."""
+    total = 0
+    for name in instructions:
+        if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
+            total += 2 * math.prod(map(int, match.groups())) * (warps // 4)  # by four warps
+        elif match := re.match(r"HMMA\.(\d\d)(\d)(\d+)\.|v_mfma_f32_(\d+)x(\d+)x(\d+)", name):
+            total += 2 * math.prod(int(n) for n in match.groups() if n) * warps
+    return total
 
 
 class _Driver:
@@ -82,10 +119,20 @@ def _nvidia(name: str, kernel: Any) -> Compiled:
             return subprocess.run(run, capture_output=True, text=True, check=True).stdout
 
         usage, listing = tool("cuobjdump", "-res-usage"), tool("cuobjdump", "-sass")
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+?)[\s;]", listing)
-    spills = sum(line.startswith(("LDL", "STL")) for line in lines)
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+?)((?:\s[^;]*)?);")
+    addresses, names, operands = zip(*line.findall(listing), strict=True)
+    places = {int(address, 16): n for n, address in enumerate(addresses)}
+    jumps = [
+        (n, places[int(match[1], 16)])
+        for n, (opcode, rest) in enumerate(zip(names, operands, strict=True))
+        if opcode.startswith("BRA") and (match := re.search(r"(0x[0-9a-f]+)\s*$", rest))
+    ]
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    return Compiled(name, registers, spills, kernel.metadata.shared, lines)
+    spills, metadata = count(names, "LDL|STL"), kernel.metadata
+    loops = _innermost_loops(list(names), jumps)
+    return Compiled(
+        name, registers, spills, metadata.shared, metadata.num_warps, list(names), loops
+    )
 
 
 def _amd(name: str, kernel: Any) -> Compiled:
@@ -94,10 +141,22 @@ def _amd(name: str, kernel: Any) -> Compiled:
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
 
-    lines = re.findall(r"^\s+([a-z]\w+)\s", text, re.MULTILINE)
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    jumps = []
+    for line in text.splitlines():
+        if match := re.match(r"(\.L\w+):", line):
+            labels[match[1]] = len(names)
+        elif match := re.match(r"\s+([a-z]\w+)(?:\s+(\S+))?", line):
+            names.append(match[1])
+            if match[1].startswith(("s_cbranch", "s_branch")) and match[2] in labels:
+                jumps.append((len(names) - 1, labels[match[2]]))
     # Scalar registers spill to lanes of vector ones, not to memory.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return Compiled(name, number("vgpr_count"), spills, kernel.metadata.shared, lines)
+    metadata, loops = kernel.metadata, _innermost_loops(names, jumps)
+    return Compiled(
+        name, number("vgpr_count"), spills, metadata.shared, metadata.num_warps, names, loops
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -43,11 +44,21 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+@dataclass
+class Traffic:
+    """What kernels did: bytes loaded and stored, and operations of their matrix products."""
+
+    loaded: int = 0
+    stored: int = 0
+    flops: int = 0
+
+
 class _Memory:
-    """Where the running kernel's tensors lie."""
+    """Where the running kernel's tensors lie, and what passes to and from them."""
 
     def __init__(self) -> None:
         self.regions: list[tuple[int, int, str]] = []
+        self.traffic = Traffic()
 
     def enter(self, arguments: Iterator[tuple[str, Any]]) -> None:
         self.regions = []
@@ -64,6 +75,10 @@ class _Memory:
         if not places.size:
             return
         width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        if kind == "load":
+            self.traffic.loaded += width * places.size
+        else:
+            self.traffic.stored += width * places.size
         low, high = int(places.min()), int(places.max()) + width
         if not any(begin <= low and high <= end for begin, end, _ in self.regions):
             begin, end, name = min(self.regions, key=lambda region: abs(region[0] - low))
@@ -95,6 +110,7 @@ def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Cal
             TensorHandle(widened(x), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
             for x in (a, b)
         )
+        memory.traffic.flops += 2 * a.data.size * b.data.shape[-1]
         return dot(self, a, b, *rest)
 
     def cast_impl(self: Any, x: TensorHandle, wanted: Any) -> Any:
@@ -149,24 +165,25 @@ def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Cal
 
 
 @contextmanager
-def interpreted(order: int | None = 0) -> Iterator[None]:
+def interpreted(order: int | None = 0) -> Iterator[Traffic]:
     """Interpret every kernel inside the block; its module must have been imported before.
 
     Args:
         order: seed of the order of programs; None for the usual one.
     """
+    memory = _Memory()
     attributes = [(owner, dict(vars(owner))) for owner in LEAKY]
     filled = torch.utils.deterministic.fill_uninitialized_memory
     strict = torch.are_deterministic_algorithms_enabled()
     with ExitStack() as stack:
-        for owner, name, function in _patches(_Memory(), order):
+        for owner, name, function in _patches(memory, order):
             stack.enter_context(patch.object(owner, name, function))
         stack.enter_context(triton.knobs.runtime.scope())
         triton.knobs.runtime.interpret = True
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = True
         try:
-            yield
+            yield memory.traffic
         finally:
             torch.use_deterministic_algorithms(strict)
             torch.utils.deterministic.fill_uninitialized_memory = filled
