@@ -25,6 +25,7 @@ from longctx_layers.layers import (
 )
 from longctx_layers.model import LongContextLM
 from longctx_layers.ops import explain, use_backend
+from longctx_layers.self_check import selfcheck
 from longctx_layers.sizes import create_model
 
 __version__ = _version("longctx-layers")
@@ -46,6 +47,7 @@ __all__ = [
     "LongContextLM",
     "ops",
     "explain",
+    "selfcheck",
     "use_backend",
     "__version__",
 ]

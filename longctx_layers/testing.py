@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from longctx_layers.config import ModelConfig
 from longctx_layers.layers import AttentionLayer, Projection, build_layer, layer_options
 from longctx_layers.model import LongContextLM
+from longctx_layers.self_check import error_budget, max_error
 
 # Every layer of the registry with each of its options, small enough for a property test.
 LAYER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,13 +104,6 @@ def small_model(
     return model
 
 
-def max_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference, in float64."""
-    if actual.shape != expected.shape:
-        raise AssertionError(f"expected shape {list(expected.shape)}, got {list(actual.shape)}")
-    return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
-
-
 def assert_within_budget(
     actual: Tensor,
     same_dtype_reference: Tensor,
@@ -118,24 +112,15 @@ def assert_within_budget(
     scale: float | None = None,
     factor: float = 2.0,
 ) -> None:
-    """Assert that a result is as good as its dtype allows, by a tolerance taken from the data.
-
-    Args:
-        actual: the fast path's result.
-        same_dtype_reference: the reference on the same, rounded inputs.
-        oracle: the reference in float64 on the same, rounded inputs.
-        scale: magnitude whose rounding is unavoidable: max |oracle| by default; for gradients of
-            attention also `max|dO| * max|V|`, or the operation's like.
-        factor: how many times the reference's own error is allowed.
-    """
+    """Assert that a result is as good as its dtype allows; see `error_budget` for the arguments."""
     if not torch.isfinite(actual).all():
         raise AssertionError("expected finite values, got NaN or infinity")
-    scale = oracle.abs().max().item() if scale is None and oracle.numel() else scale or 0.0
-    band = torch.finfo(actual.dtype).eps * scale
-    error, own = max_error(actual, oracle), max_error(same_dtype_reference, oracle)
-    if error > factor * (own + band):
+    allowed = error_budget(actual, same_dtype_reference, oracle, scale=scale, factor=factor)
+    if (error := max_error(actual, oracle)) > allowed:
+        own = max_error(same_dtype_reference, oracle)
         raise AssertionError(
-            f"error {error:.3g} exceeds {factor} x (reference's {own:.3g} + rounding {band:.3g})"
+            f"error {error:.3g} exceeds {allowed:.3g}, which is {factor} x (the reference's "
+            f"{own:.3g} + rounding)"
         )
 
 

@@ -94,7 +94,8 @@ def test_offsets_beyond_32_bits(monkeypatch):
     expected = operation(x, x, x, backend="reference")
     for take in (lambda x: x, attention_forward.strided):  # which copies such tensors
         monkeypatch.setattr(attention_forward, "strided", take)
-        assert_close(operation(spread, spread, spread, backend="triton"), expected)
+        actual = operation(spread, spread, spread, backend="triton")
+        assert_close(actual, expected, rtol=0, atol=1e-2)  # rounding of fp16, not garbage
 
 
 @pytest.mark.parametrize("far", [True, False])
