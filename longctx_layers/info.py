@@ -10,7 +10,15 @@ import torch
 from longctx_layers.layers import LAYERS, build_layer
 from longctx_layers.ops import Choice, explain
 
-PACKAGES = ("longctx-layers", "torch", "triton", "flash-attn", "einops", "safetensors")
+PACKAGES = (
+    "longctx-layers",
+    "torch",
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+    "einops",
+    "safetensors",
+)
 
 
 def installed() -> dict[str, str]:

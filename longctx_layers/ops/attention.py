@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx_layers.ops import reference, triton_support
+from longctx_layers.ops import flash, flash_support, flex, reference, triton_support
 from longctx_layers.ops.blocked_attention import blocked_attention
 from longctx_layers.ops.checks import expect_dtype, expect_positive, expect_shape
 from longctx_layers.ops.dispatch import Operation
@@ -177,5 +177,7 @@ def _triton(
     return y
 
 
+_operation.register("flash", refuse=flash_support.refuse)(flash.run)
+_operation.register("flex", refuse=flex.refuse, reserve=flex.reserve)(flex.run)
 _operation.register("torch")(blocked_attention)
 _operation.register("reference")(reference.sparse_attention)

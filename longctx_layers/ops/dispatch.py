@@ -1,8 +1,9 @@
 """Backends: which implementation runs a call, and why.
 
 An operation's name is the mathematics; a backend is an implementation of it. `"auto"` takes the
-first registered backend that accepts the call, never the reference. A backend that is asked for by
-name runs or raises: nothing falls back in silence.
+first registered backend that accepts the call, never the reference or another that is reserved for
+those who ask for it. A backend that is asked for by name runs or raises: nothing falls back in
+silence.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ class Choice(NamedTuple):
 class _Backend(NamedTuple):
     run: Callable[..., Any]
     refuse: Callable[..., str | None]
+    reserve: Callable[..., str | None]
+
+
+def _no_reason(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _reserve_oracle(*_: Any, **__: Any) -> str:
+    return "the oracle: never chosen automatically"
 
 
 def _checked(name: str, source: str) -> str:
@@ -83,17 +93,23 @@ class Operation:
         self.backends: dict[str, _Backend] = {}
 
     def register(
-        self, backend: str, refuse: Callable[..., str | None] = lambda *args, **kwargs: None
+        self,
+        backend: str,
+        refuse: Callable[..., str | None] = _no_reason,
+        reserve: Callable[..., str | None] = _no_reason,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: add an implementation.
 
         Args:
             backend: its name, one of `BACKENDS`.
             refuse: called with the operation's arguments; returns why it can't run them, or None.
+            reserve: likewise; returns why it runs them only when asked for by name, or None.
         """
+        if backend == "reference":
+            reserve = _reserve_oracle
 
         def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends[_checked(backend, self.name)] = _Backend(run, refuse)
+            self.backends[_checked(backend, self.name)] = _Backend(run, refuse, reserve)
             return run
 
         return decorate
@@ -106,13 +122,14 @@ class Operation:
             if name not in self.backends:
                 reason = "not available for this operation"
             else:
-                refusal = self.backends[name].refuse(*args, **kwargs)
+                candidate = self.backends[name]
+                refusal = candidate.refuse(*args, **kwargs)
                 if refusal is not None:
                     reason = refusal
                 elif wanted not in ("auto", name):
                     reason = f"{wanted!r} was asked for"
-                elif name == "reference" and wanted == "auto":
-                    reason = "the oracle: never chosen automatically"
+                elif wanted == "auto" and (why := candidate.reserve(*args, **kwargs)) is not None:
+                    reason = why
                 elif found:
                     reason = "accepts the call, but a faster backend comes first"
                 else:
@@ -138,8 +155,9 @@ class Operation:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str
     ) -> Callable[..., Any]:
         if wanted == "auto":
-            for name, candidate in self.backends.items():
-                if name != "reference" and candidate.refuse(*args, **kwargs) is None:
+            for candidate in self.backends.values():
+                refused = candidate.refuse(*args, **kwargs) is not None
+                if not refused and candidate.reserve(*args, **kwargs) is None:
                     return candidate.run
         elif _checked(wanted, self.name) in self.backends:
             candidate = self.backends[wanted]

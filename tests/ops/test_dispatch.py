@@ -44,6 +44,19 @@ def test_a_backend_asked_for_runs_or_raises():
         operation(torch.zeros(1), backend="torch")
 
 
+def test_a_reserved_backend_runs_when_asked_for():
+    operation, x = Operation("slow_to_start"), torch.zeros(1)
+    operation.register("flex", reserve=lambda x: "takes a while")(lambda x: "flex")
+    operation.register("torch")(lambda x: "torch")
+    assert operation(x) == "torch"
+    assert operation(x, backend="flex") == "flex"
+    rows = {row.backend: row for row in operation.choices(x)}
+    assert (rows["flex"].chosen, rows["flex"].reason) == (False, "takes a while")
+    assert rows["torch"].chosen
+    (asked,) = [row for row in operation.choices(x, backend="flex") if row.chosen]
+    assert asked.backend == "flex"
+
+
 def test_unknown_backends_are_refused_by_name():
     with pytest.raises(ValueError, match=r"expected a backend out of .*'torch'.*got 'tirton'"):
         ssd(*arguments(), backend="tirton")
