@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
 
 from longctx_layers import ops
 from longctx_layers.ops import FarKeys, Segments
@@ -97,9 +99,7 @@ def results(
         y = torch.where(shape.view(*shape.shape, *[1] * (y.dim() - shape.dim())), y, 0)
     outputs = [y, *states]
     generator = torch.Generator().manual_seed(1)
-    weights = [
-        (torch.randint(-8, 9, x.shape, generator=generator) / 8).to(x.dtype) for x in outputs
-    ]
+    weights = [(torch.randint(-8, 9, x.shape, generator=generator) / 8).to(x) for x in outputs]
     gradients = torch.autograd.grad(
         outputs, list(leaves.values()), weights, allow_unused=True, materialize_grads=True
     )
@@ -185,10 +185,15 @@ def assert_equal_in_float64(name: str, case: dict[str, Any], backend: str = "aut
 
 
 def assert_as_precise(
-    name: str, case: dict[str, Any], dtype: torch.dtype, backend: str = "auto"
+    name: str,
+    case: dict[str, Any],
+    dtype: torch.dtype,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> None:
     """Errors are those of the reference in the same dtype."""
-    tensors, options = build(name, case, dtype)
+    to_device = partial(tree_map_only, Tensor, lambda x: x.to(device))
+    tensors, options = to_device(build(name, case, dtype))
     wide = {n: x.double() for n, x in tensors.items()}
     actual = results(name, tensors, **options, backend=backend)
     own = results(name, tensors, **options, backend="reference")

@@ -43,6 +43,7 @@ class Compiled(NamedTuple):
         warps: of a program.
         instructions: names of all machine instructions, in order.
         loops: those of each innermost loop that multiplies matrices.
+        constants: the kernel's compile-time arguments by name.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Compiled(NamedTuple):
     warps: int
     instructions: list[str]
     loops: list[list[str]]
+    constants: dict[str, Any]
 
     def count(self, pattern: str) -> int:
         """Instructions whose name matches."""
@@ -109,7 +111,7 @@ class _Driver:
         return torch.device("cuda", 0)
 
 
-def _nvidia(name: str, kernel: Any) -> Compiled:
+def _nvidia(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -131,11 +133,11 @@ def _nvidia(name: str, kernel: Any) -> Compiled:
     spills, metadata = count(names, "LDL|STL"), kernel.metadata
     loops = _innermost_loops(list(names), jumps)
     return Compiled(
-        name, registers, spills, metadata.shared, metadata.num_warps, list(names), loops
+        name, registers, spills, metadata.shared, metadata.num_warps, list(names), loops, constants
     )
 
 
-def _amd(name: str, kernel: Any) -> Compiled:
+def _amd(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
     text = kernel.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -155,7 +157,14 @@ def _amd(name: str, kernel: Any) -> Compiled:
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
     metadata, loops = kernel.metadata, _innermost_loops(names, jumps)
     return Compiled(
-        name, number("vgpr_count"), spills, metadata.shared, metadata.num_warps, names, loops
+        name,
+        number("vgpr_count"),
+        spills,
+        metadata.shared,
+        metadata.num_warps,
+        names,
+        loops,
+        constants,
     )
 
 
@@ -168,7 +177,9 @@ def compiled_for(target: str) -> Iterator[list[Compiled]]:
     def launch(kernel: JITFunction, grid: Any) -> Any:
         def compile_only(*args: Any, **kwargs: Any) -> None:
             kernel.device_caches.clear()
-            found.append(read(kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
+            compiled = kernel.warmup(*args, grid=grid, **kwargs)
+            constants = {kernel.arg_names[at[0]]: x for at, x in compiled.src.constants.items()}
+            found.append(read(kernel.__name__, compiled, constants))
 
         return compile_only
 

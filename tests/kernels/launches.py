@@ -6,6 +6,11 @@ Each function calls an operation's launchers, forward and backward; inside
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -73,3 +78,125 @@ def convolution(packed: bool) -> None:
     before = empty(BATCH, 3, 896)
     y = conv_silu.forward(x, weight, before, start)
     conv_silu.backward(y, x, weight, before, start)
+
+
+# Matrix products of a tile of rows with one of keys.
+TILE_PRODUCTS = {"_forward": 2, "_queries": 3, "_keys": 4}
+
+
+def no_products(constants: dict[str, Any]) -> dict[str, list[float]]:
+    """Kernels without matrix products."""
+    return {}
+
+
+def attention_products(constants: dict[str, Any]) -> dict[str, list[float]]:
+    """Operations that a turn of each hot loop needs, by kernel, from its constants."""
+    if "KEYS" not in constants:
+        return {}
+    tile = 2 * constants["ROWS"] * constants["KEYS"] * constants["HEAD"]
+    found = {name: [count * tile] * 2 for name, count in TILE_PRODUCTS.items()}
+    if constants.get("FAR"):
+        found["_forward"].insert(
+            0, 4 * constants["ROWS"] * constants["FAR_KEYS"] * constants["HEAD"]
+        )
+    return found
+
+
+class Launch(NamedTuple):
+    """A launch of `docs/kernels.md`; the fast ones are held against the baseline in every test."""
+
+    label: str
+    run: Callable[[], None]
+    products: Callable[[dict[str, Any]], dict[str, list[float]]] = no_products
+    fast: bool = False
+
+
+def _attention(label: str, *args: Any, fast: bool = False, **kwargs: Any) -> Launch:
+    run = partial(sparse_attention, *args, **kwargs)
+    return Launch(f"attention, {label}", run, attention_products, fast)
+
+
+REPRESENTATIVE = [
+    _attention("head_dim 64", 64),
+    _attention("head_dim 64, far keys", 64, far=True, fast=True),
+    _attention("head_dim 128", 128),
+    _attention("head_dim 128, 4 heads a key head, far keys", 128, groups=3, far=True),
+    _attention("head_dim 256", 256),
+    _attention("head_dim 64, float32", 64, torch.float32),
+    _attention("head_dim 128, float32", 128, torch.float32),
+    _attention("one token, head_dim 64, 6 heads a key head", 64, groups=2, length=1),
+    _attention("one token, head_dim 128, 6 heads a key head", 128, groups=2, length=1),
+    Launch("diagonal, constant decay, packed", partial(diagonal_scan, True, True)),
+    Launch("diagonal, varying decay", partial(diagonal_scan, False, False)),
+    Launch("gated norms, head_dim 64", partial(norms, 64)),
+    Launch("convolution, packed", partial(convolution, True)),
+]
+BASELINE = Path(__file__).with_name("baseline.json")
+
+
+class Traffic(NamedTuple):
+    """A small call on the CPU, whose bytes and operations the interpreter counts.
+
+    `make` returns the call, the bytes of all tensors that it must read or write, and the operations
+    of matrix products that its result needs.
+    """
+
+    label: str
+    make: Callable[[], tuple[Callable[[], Any], int, int]]
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def attention_traffic(window: int | None, backward: bool) -> tuple[Callable[[], Any], int, int]:
+    """One row of 1024 tokens, two heads of 64."""
+    length, dim = 1024, 64
+    q, k, v = (torch.randn(1, 2, length, dim, dtype=torch.bfloat16) for _ in range(3))
+    index = torch.arange(length, dtype=torch.int32)
+    first = (index - (window or length) + 1).clamp(min=0)[None]
+    pairs = 2 * int((index - first + 1).sum())
+    call = q, k, v, first, None, None, None, None, 0, dim**-0.5
+    if not backward:
+        o, lse = torch.empty_like(q), torch.empty(1, 2, length)
+        least = _bytes(q, k, v, o, lse, first)
+        return lambda: attention_forward.forward(*call), least, 4 * dim * pairs
+    o, do = torch.randn_like(q), torch.randn_like(q)
+    lse = torch.full((1, 2, length), 10.0)
+    least = 2 * _bytes(q, k, v) + _bytes(o, do, lse, first)
+    return (
+        lambda: attention_backward.backward(do, lse, o, lse, *call),
+        least,
+        10 * dim * pairs,
+    )
+
+
+def norms_traffic() -> tuple[Callable[[], Any], int, int]:
+    """Four paths of 512 tokens, two heads of 64."""
+    paths = [torch.randn(1, 512, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
+    weights = [torch.ones(2, 64) for _ in range(2)]
+    run = partial(gated_norms.forward, *paths, *weights, 1e-5)
+    return run, _bytes(*paths, paths[0], *weights), 0
+
+
+def convolution_traffic() -> tuple[Callable[[], Any], int, int]:
+    """512 tokens of 128 channels."""
+    x, weight = torch.randn(1, 512, 128, dtype=torch.bfloat16), torch.ones(128, 4)
+    return partial(conv_silu.forward, x, weight), _bytes(x, x, weight), 0
+
+
+def diagonal_traffic() -> tuple[Callable[[], Any], int, int]:
+    """512 tokens of 64 channels, with a constant decay."""
+    u, decay, state = torch.randn(1, 512, 64), torch.rand(64), torch.zeros(1, 64)
+    return partial(diagonal.forward, u, decay, state), _bytes(u, u, decay, state, state), 0
+
+
+TRAFFIC = [
+    Traffic("window attention of 256, forward", partial(attention_traffic, 256, False)),
+    Traffic("window attention of 256, backward", partial(attention_traffic, 256, True)),
+    Traffic("full attention, forward", partial(attention_traffic, None, False)),
+    Traffic("full attention, backward", partial(attention_traffic, None, True)),
+    Traffic("gated norms, forward", norms_traffic),
+    Traffic("convolution, forward", convolution_traffic),
+    Traffic("diagonal, forward", diagonal_traffic),
+]

@@ -1,12 +1,13 @@
 """What Triton's compiler makes of the launches for GPUs that are not there."""
 
+import json
+
 import launches
 import pytest
 import torch
+import triton
+import triton.language as tl
 from ahead import MATRIX_PRODUCTS, TARGETS, compiled_for, matrix_flops
-
-from longctx_layers.kernels import attention_backward, attention_forward
-from longctx_layers.kernels.target import pick
 
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
@@ -67,14 +68,6 @@ def test_conv_silu(target, packed):
         assert kernel.count(ATOMICS) == 0
 
 
-# Of each kernel: matrix products of a tile of rows with one of keys, and where its tiles stand.
-TILED = {
-    "_forward": (2, attention_forward, "FORWARD"),
-    "_queries": (3, attention_backward, "QUERIES"),
-    "_keys": (4, attention_backward, "KEYS"),
-}
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "groups", "far"),
@@ -93,7 +86,6 @@ TILED = {
 def test_sparse_attention(target, head_dim, dtype, groups, far):
     with compiled_for(target) as found:
         launches.sparse_attention(head_dim, dtype, groups=groups, far=far)
-        tables = {name: pick(getattr(file, table)) for name, (_, file, table) in TILED.items()}
     names = ["_forward", "_delta", "_queries", "_keys", *(["_far"] if far else [])]
     assert [kernel.name for kernel in found] == names
     for kernel in found:
@@ -102,19 +94,16 @@ def test_sparse_attention(target, head_dim, dtype, groups, far):
         assert kernel.spills <= (8 if (target, head_dim, wide) == ("sm_100", 128, True) else 0)
         assert kernel.shared <= 1024 * SHARED[target]
         assert kernel.count(ATOMICS) == 0
-        if kernel.name not in TILED:
+        if kernel.name not in launches.TILE_PRODUCTS:
             continue
         assert kernel.count(MATRIX_PRODUCTS) > 0
         if target != "gfx942" and not wide and head_dim in (64, 128) and kernel.name == "_forward":
             assert kernel.count(COPIES) > 0
-        products = TILED[kernel.name][0]
-        tiles = tables[kernel.name].of(dtype, head_dim)
-        assert len(kernel.loops) == 3 if far and kernel.name == "_forward" else 2
+        needed = launches.attention_products(kernel.constants)[kernel.name]
+        assert len(kernel.loops) == len(needed)
         if target == "sm_100" or wide or head_dim not in (64, 128):
             continue  # its instructions hide their sizes; the others are known to repeat some
-        ideal = 2 * products * tiles.rows * tiles.keys * head_dim
-        for loop in kernel.loops[-2:]:
-            assert matrix_flops(loop, kernel.warps) == ideal
+        assert [matrix_flops(loop, kernel.warps) for loop in kernel.loops] == needed
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -129,10 +118,26 @@ def test_sparse_attention_of_one_token(target, head_dim):
         assert kernel.count(ATOMICS) == 0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("launch", [launch for launch in launches.REPRESENTATIVE if launch.fast])
+def test_hot_loops_stay_as_short_as_they_were(target, launch):
+    """Within 5 % of `baseline.json`, which `python tests/kernels/table.py` writes anew."""
+    baseline = json.loads(launches.BASELINE.read_text())
+    if baseline["triton"] != triton.__version__:
+        pytest.skip(f"the baseline is of Triton {baseline['triton']}")
+    with compiled_for(target) as found:
+        launch.run()
+    for kernel in found:
+        for length, before in zip(
+            (len(loop) for loop in kernel.loops),
+            baseline["loops"][target].get(f"{launch.label}: {kernel.name}", []),
+            strict=True,
+        ):
+            assert length <= 1.05 * before
+
+
 def test_the_meter_sees_spills_and_tensor_cores():
     """Numbers that are always 0 would prove nothing."""
-    import triton
-    import triton.language as tl
 
     @triton.jit
     def greedy(X, Y, N: tl.constexpr):

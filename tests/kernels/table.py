@@ -1,0 +1,175 @@
+"""Write `docs/kernels.md` and the baseline of the hot loops: `python tests/kernels/table.py`.
+
+What the compiler makes of every launch on every target, and what the kernels move and compute as
+counted by the interpreter, beside the least that the operation needs. No GPU is used or measured.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from ahead import MATRIX_PRODUCTS, TARGETS, Compiled, compiled_for, count, matrix_flops
+from interpreter import interpreted
+from launches import BASELINE, REPRESENTATIVE, TRAFFIC
+
+ROOT = Path(__file__).parents[2]
+SHOWN = ("ROWS", "KEYS", "TILE", "SPAN", "HEADS", "TOKENS", "CHANNELS")
+# Of one multiprocessor in one cycle: bf16 operations of the tensor cores, float32 lanes, special
+# functions, instructions of warps issued. From NVIDIA's whitepapers of A100 and H100.
+PIPES = {
+    "sm_80": {"tensor": 2048, "float32": 64, "special": 16, "issue": 4},
+    "sm_90": {"tensor": 4096, "float32": 128, "special": 16, "issue": 4},
+}
+FLOAT32 = "FFMA|FMUL|FADD|FMNMX|FSEL|FSETP|FSET"
+
+HEAD = """# What the compiler makes of the kernels
+
+Written by `python tests/kernels/table.py` with Triton {version} and torch {torch}, without a GPU:
+nothing here is a speed. Launches are the library's own (`tests/kernels/launches.py`: batch 2, 4096
+tokens, 12 heads, bf16 unless said); {targets}. sm_89 stands for GPUs without a row of their own.
+
+- *tile*: what a program takes at a time, its warps; *regs*: registers of a thread; *spills*:
+  instructions that go to local memory; *shared*: KiB of shared memory of a program.
+- *products*: tensor-core instructions; *async*: asynchronous copies to shared memory; *wide*:
+  loads of 16 bytes at once.
+- *loops*: instructions of each inner loop that multiplies matrices, in brackets how many times
+  more such work it does than the tile needs (- where instructions hide their sizes).
+- *bound*: the pipe that limits the last loop if all overlap perfectly, and the share of that time
+  in which the tensor cores are busy (sm_80 and sm_90).
+"""
+
+
+def bound(kernel: Compiled, target: str) -> str:
+    """The busiest pipe of the last loop."""
+    if target not in PIPES or not kernel.loops:
+        return "-"
+    loop, pipes, lanes = kernel.loops[-1], PIPES[target], 32 * kernel.warps
+    cycles = {
+        "tensor": matrix_flops(loop, kernel.warps) / pipes["tensor"],
+        "float32": count(loop, FLOAT32) * lanes / pipes["float32"],
+        "special": count(loop, "MUFU") * lanes / pipes["special"],
+        "issue": len(loop) * kernel.warps / pipes["issue"],
+    }
+    slowest = max(cycles, key=lambda name: cycles[name])
+    return f"{slowest}, {cycles['tensor'] / cycles[slowest]:.0%}"
+
+
+def loops(kernel: Compiled, needed: list[float]) -> str:
+    cells = []
+    for number, loop in enumerate(kernel.loops):
+        done = matrix_flops(loop, kernel.warps)
+        times = f"{done / needed[number]:.2f}" if done and len(needed) == len(kernel.loops) else "-"
+        cells.append(f"{len(loop)} ({times})")
+    return ", ".join(cells) or "-"
+
+
+def row(label: str, kernel: Compiled, target: str, needed: list[float]) -> str:
+    tile = " ".join(
+        f"{name.lower()} {kernel.constants[name]}" for name in SHOWN if name in kernel.constants
+    )
+    cells = [
+        label,
+        kernel.name.lstrip("_"),
+        f"{tile}, {kernel.warps} warps",
+        kernel.registers,
+        kernel.spills,
+        f"{kernel.shared / 1024:.0f}",
+        kernel.count(MATRIX_PRODUCTS),
+        kernel.count("LDGSTS|UTMALDG"),
+        kernel.count(r"LDG\.E\S*\.128|LDGSTS\S*\.128|global_load_dwordx4|buffer_load_dwordx4"),
+        loops(kernel, needed),
+        bound(kernel, target),
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+COLUMNS = (
+    "call", "kernel", "tile", "regs", "spills", "shared", "products", "async", "wide", "loops",
+    "bound",
+)  # fmt: skip
+
+
+def compiled_tables() -> str:
+    lines = []
+    for target in TARGETS:
+        lines += ["", f"## {target}", ""]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+        for launch in REPRESENTATIVE:
+            with compiled_for(target) as found:
+                launch.run()
+            seen = set()
+            for kernel in found:
+                key = kernel.name, tuple(kernel.instructions)
+                if key not in seen:  # a kernel that is launched twice stands here once
+                    needed = launch.products(kernel.constants).get(kernel.name, [])
+                    lines.append(row(launch.label, kernel, target, needed))
+                seen.add(key)
+            print(target, launch.label, flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def traffic_table() -> str:
+    """Bytes and operations, counted while the kernels run interpreted, over the least possible."""
+    lines = [
+        "",
+        "## Bytes and operations",
+        "",
+        "Counted in the interpreter with the tiles of `default`, before any cache: every program's",
+        "loads and stores over each tensor once, matrix products over those of visible pairs.",
+        "",
+        "| call | MB | over the least | GFLOP | over the least |",
+        "|---|---|---|---|---|",
+    ]
+    for item in TRAFFIC:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            run, least_bytes, least_flops = item.make()
+        with interpreted() as traffic:
+            run()
+        moved = traffic.loaded + traffic.stored
+        flops = (
+            f"{traffic.flops / 1e9:.3f} | {traffic.flops / least_flops:.2f}"
+            if least_flops
+            else "- | -"
+        )
+        lines.append(f"| {item.label} | {moved / 1e6:.2f} | {moved / least_bytes:.2f} | {flops} |")
+        print(item.label, flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def baseline() -> dict[str, dict[str, list[int]]]:
+    """Instructions of the hot loops: the numbers that `test_ahead.py` holds new code against."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for target in TARGETS:
+        for launch in REPRESENTATIVE:
+            if not launch.fast:
+                continue
+            with compiled_for(target) as kernels:
+                launch.run()
+            for kernel in kernels:
+                if kernel.loops:
+                    name = f"{launch.label}: {kernel.name}"
+                    found.setdefault(target, {})[name] = [len(loop) for loop in kernel.loops]
+    return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = cache
+        BASELINE.write_text(
+            json.dumps({"triton": triton.__version__, "loops": baseline()}, indent=1) + "\n"
+        )
+        text = HEAD.format(
+            version=triton.__version__, torch=torch.__version__, targets=", ".join(TARGETS)
+        )
+        text += compiled_tables() + traffic_table()
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs/kernels.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
