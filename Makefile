@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench kernels gpu-check clean
 
 help:
 	@echo "make setup      make .venv with the library (editable) and all development tools"
@@ -13,6 +13,8 @@ help:
 	@echo "make test-slow  all tests, with many more examples a property"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the benchmarks"
+	@echo "make kernels    docs/kernels.md and the baseline of the kernels' hot loops, written anew"
+	@echo "make gpu-check  on a GPU: the kernels' tests, then a table of milliseconds beside other libraries"
 	@echo "make clean      remove .venv, builds and caches"
 
 # .venv is made once, from $(PYTHON); a later `make setup` brings it up to date. A torch that $(PYTHON)
@@ -67,6 +69,15 @@ lint: $(BIN)/pytest
 
 bench: $(BIN)/pytest
 	$(BIN)/pytest benchmarks --benchmark-only
+
+kernels: $(BIN)/pytest
+	$(BIN)/python tests/kernels/table.py
+
+# Without a GPU the tests run on a stand-in, and the table says that there is nothing to measure.
+gpu-check: $(BIN)/pytest
+	$(BIN)/pytest tests/kernels/test_gpu.py -rs
+	$(BIN)/python -c "import longctx_layers; raise SystemExit(not longctx_layers.selfcheck())"
+	$(BIN)/python benchmarks/gpu_table.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -65,6 +66,7 @@ class LongContextLM(nn.Module):
         self.head = None
         if not config.tie_embeddings:
             self.head = nn.Linear(width, config.vocab_size, bias=False, **where)
+        self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
         self._init_ends()
 
     def reset_parameters(self) -> None:
@@ -213,7 +215,7 @@ class LongContextLM(nn.Module):
         logits = self.project(hidden)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         try:
-            return F.cross_entropy(precise, labels, ignore_index=IGNORED_LABEL, reduction="none")
+            return self.cross_entropy(precise, labels, ignore_index=IGNORED_LABEL, reduction="none")
         except IndexError as error:  # as for ids
             real = labels[labels != IGNORED_LABEL]
             raise ValueError(
