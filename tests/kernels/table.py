@@ -10,6 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import flex_template
 import torch
 import triton
 from ahead import MATRIX_PRODUCTS, TARGETS, Compiled, compiled_for, count, matrix_flops
@@ -109,7 +110,19 @@ def compiled_tables() -> str:
                     lines.append(row(launch.label, kernel, target, needed))
                 seen.add(key)
             print(target, launch.label, flush=True)
+        if target == "sm_90":
+            lines += [flex_row(head_dim) for head_dim in (64, 128)]
     return "\n".join(lines) + "\n"
+
+
+def flex_row(head_dim: int) -> str:
+    """FlexAttention's kernel for the same attention, as torch configures it on an H100."""
+    with compiled_for("sm_90") as found:
+        flex_template.window_attention(head_dim)
+    config = flex_template.configuration(head_dim)
+    needed = [4.0 * config.block_m * config.block_n * head_dim] * 2
+    label = f"FlexAttention's, rows {config.block_m} keys {config.block_n}, head_dim {head_dim}"
+    return row(label, found[0], "sm_90", needed)
 
 
 def traffic_table() -> str:

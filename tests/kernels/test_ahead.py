@@ -2,6 +2,7 @@
 
 import json
 
+import flex_template
 import launches
 import pytest
 import torch
@@ -104,6 +105,20 @@ def test_sparse_attention(target, head_dim, dtype, groups, far):
         if target == "sm_100" or wide or head_dim not in (64, 128):
             continue  # its instructions hide their sizes; the others are known to repeat some
         assert [matrix_flops(loop, kernel.warps) for loop in kernel.loops] == needed
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hot_loops_are_no_longer_than_those_of_flex_attention(head_dim):
+    """Instructions for a matrix operation of the tensor cores, without a mask and with one."""
+    with compiled_for("sm_90") as found:
+        launches.sparse_attention(head_dim)
+        flex_template.window_attention(head_dim)
+    ours, theirs = (
+        [len(loop) * kernel.warps / matrix_flops(loop, kernel.warps) for loop in kernel.loops]
+        for kernel in (found[0], found[-1])
+    )
+    assert len(ours) == len(theirs) == 2
+    assert all(a < b for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
