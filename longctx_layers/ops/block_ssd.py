@@ -10,7 +10,16 @@ from longctx_layers.ops import reference
 from longctx_layers.ops.checks import expect_positive
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.segments import Segments, chunk_start, shortened
-from longctx_layers.ops.ssd import TILE, Inputs, check_inputs, read, read_one, step
+from longctx_layers.ops.ssd import (
+    TILE,
+    Inputs,
+    check_inputs,
+    read,
+    read_one,
+    refuse_triton,
+    step,
+    steps,
+)
 
 _block_ssd = Operation("block_ssd")
 
@@ -70,6 +79,42 @@ def block_ssd(
         backend=backend,
     )
     return result
+
+
+@_block_ssd.register("triton", refuse=refuse_triton)
+def _block_ssd_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    chunk_size: int,
+    chunk_shift: int,
+    initial_state: tuple[Tensor, Tensor],
+    segments: Segments | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    from longctx_layers.kernels.ssd import ssd as kernel  # imports Triton
+
+    start = None if segments is None else segments.start
+    until = _readable_until(x, segments, chunk_size, chunk_shift)
+    dt, log_decay = steps(dt, A, torch.float64, segments)  # see ssd
+    state = torch.stack(initial_state)
+    y, final = kernel(x, dt.to(state.dtype), log_decay, B, C, state, start, until)
+    return y, (final[0], final[1])
+
+
+def _readable_until(x: Tensor, segments: Segments | None, size: int, shift: int) -> Tensor:
+    """Before which token each one reads writes, `[1 or B, T + 1]`.
+
+    The last entry, and those at pads, are those of the token right behind the row's last real one.
+    """
+    index = torch.arange(x.shape[1] + 1, device=x.device)[None]
+    if segments is None:
+        return chunk_start(index, 0, size, shift)
+    index = torch.minimum(index, segments.length[:, None])
+    start = torch.cat([segments.start, segments.next_start()[:, None]], 1)
+    return torch.maximum(chunk_start(index, start, size, shift), start)
 
 
 @_block_ssd.register("torch")

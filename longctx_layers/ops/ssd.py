@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.ops import reference
+from longctx_layers.ops import reference, triton_support
 from longctx_layers.ops.checks import expect_dtype, expect_shape
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.scan import (
@@ -19,6 +21,7 @@ from longctx_layers.ops.scan import (
 from longctx_layers.ops.segments import Segments, cover, shortened
 
 TILE = 64
+LARGEST = 256  # P and N of a state that Triton's kernels hold
 
 _ssd = Operation("ssd")
 
@@ -92,6 +95,15 @@ def check_inputs(
     return state
 
 
+def steps(
+    dt: Tensor, A: Tensor, precise: torch.dtype, segments: Segments | None
+) -> tuple[Tensor, Tensor]:
+    """Step sizes, and the log-decays they make in the same dtype; pads take no step."""
+    if segments is not None:
+        dt = torch.where(segments.real()[..., None], dt, 0)
+    return dt.to(precise), (dt.to(precise) * A.to(precise)).clamp(min=MIN_LOG_DECAY)
+
+
 class Inputs:
     """Inputs in the state's precision; pads neither write nor decay."""
 
@@ -105,11 +117,8 @@ class Inputs:
         precise: torch.dtype,
         segments: Segments | None,
     ) -> None:
-        dt = dt.to(precise)
-        if segments is not None:
-            dt = torch.where(segments.real()[..., None], dt, 0)
+        dt, self.log_decay = steps(dt, A, precise, segments)
         self.u = x.to(precise) * dt[..., None]
-        self.log_decay = (dt * A.to(precise)).clamp(min=MIN_LOG_DECAY)
         self.B, self.C = B.to(precise), C.to(precise)
         self.start = None if segments is None else segments.start
 
@@ -190,6 +199,34 @@ def read(C: Tensor, state: Tensor, exponent: Tensor, alive: Tensor | None) -> Te
     if alive is not None:
         fade = fade * alive[..., None]
     return y * fade[..., None]
+
+
+def refuse_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **_: Any) -> str | None:
+    """Why Triton's kernels can't run a call of `ssd` or `block_ssd`, or None."""
+    most = LARGEST if x.dtype == torch.bfloat16 else LARGEST // 2
+    if x.shape[3] > LARGEST or B.shape[2] > most:
+        return f"needs P of at most {LARGEST} and N of at most {most} in {x.dtype}"
+    return triton_support.refuse(x)
+
+
+@_ssd.register("triton", refuse=refuse_triton)
+def _ssd_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    from longctx_layers.kernels.ssd import ssd as kernel  # imports Triton
+
+    start = None if segments is None else segments.start
+    # In float64, where the product is exact: the gradient of A adds up errors of all tokens.
+    dt, log_decay = steps(dt, A, torch.float64, segments)
+    y, final = kernel(x, dt.to(initial_state.dtype), log_decay, B, C, initial_state[None], start)
+    return y, final[0]
 
 
 @_ssd.register("torch")

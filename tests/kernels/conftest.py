@@ -9,24 +9,29 @@ from longctx_layers.kernels import (
     conv_silu,
     diagonal,
     gated_norms,
+    ssd_backward,
+    ssd_forward,
 )
 from longctx_layers.ops import triton_support
 
 # Small programs, so that short inputs have many of them, and edges.
 TILES = {"default": attention_forward.Choices(*[attention_forward.Tiles(16, 16, 4, 1)] * 4)}
+SPANS = {"default": ssd_forward.Choices(*[ssd_forward.Tiles(16, 2, 256, 4)] * 3)}
 SIZES = {
     attention_forward: {"FORWARD": TILES, "DECODE": TILES},
     attention_backward: {"QUERIES": TILES, "KEYS": TILES, "FAR": TILES},
     conv_silu: {"TOKENS": 8, "CHANNELS": 4},
     diagonal: {"TILE": 16, "CHANNELS": 4},
     gated_norms: {"ELEMENTS": 32},
+    ssd_backward: {"CONFIGS": SPANS, "HEADS": 3},
+    ssd_forward: {"CONFIGS": SPANS},
 }
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Small programs, and Triton's backend accepts CPU tensors."""
-    monkeypatch.setattr(triton_support, "refuse_device", lambda device: None)
+    monkeypatch.setattr(triton_support, "refuse_device", lambda *_: None)
     for module, sizes in SIZES.items():
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)

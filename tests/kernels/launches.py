@@ -20,6 +20,8 @@ from longctx_layers.kernels import (
     conv_silu,
     diagonal,
     gated_norms,
+    ssd_backward,
+    ssd_forward,
 )
 
 BATCH, LENGTH, HEADS = 2, 4096, 12
@@ -80,6 +82,30 @@ def convolution(packed: bool) -> None:
     conv_silu.backward(y, x, weight, before, start)
 
 
+def state_space(
+    head_dim: int,
+    directions: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    packed: bool = False,
+    pending: bool = False,
+    length: int = LENGTH,
+) -> None:
+    """`ssd`, or (pending) `block_ssd`; x, B and C are views of one tensor, as in the layers."""
+    inner, precise = HEADS * head_dim, torch.promote_types(dtype, torch.float32)
+    mixed = empty(BATCH, length, inner + 2 * directions, dtype=dtype)
+    x, B, C = mixed.split([inner, directions, directions], dim=-1)
+    x = x.unflatten(-1, (HEADS, head_dim))
+    dt = empty(BATCH, length, HEADS, dtype=precise)
+    state = empty(2 if pending else 1, BATCH, HEADS, head_dim, directions, dtype=precise)
+    start = empty(BATCH, length, dtype=torch.int64) if packed else None
+    until = empty(BATCH if packed else 1, length + 1, dtype=torch.int64) if pending else None
+    call = x, dt, dt.double(), B, C, state, start, until
+    y, final = ssd_forward.forward(*call)
+    if length > 1:
+        ssd_backward.backward(y, final, *call)
+
+
 # Matrix products of a tile of rows with one of keys.
 TILE_PRODUCTS = {"_forward": 2, "_queries": 3, "_keys": 4}
 
@@ -126,6 +152,13 @@ REPRESENTATIVE = [
     _attention("head_dim 128, float32", 128, torch.float32),
     _attention("one token, head_dim 64, 6 heads a key head", 64, groups=2, length=1),
     _attention("one token, head_dim 128, 6 heads a key head", 128, groups=2, length=1),
+    Launch("ssd, P 64, N 64", partial(state_space, 64, 64), fast=True),
+    Launch("ssd, P 64, N 128, packed", partial(state_space, 64, 128, packed=True)),
+    Launch("ssd, P 64, N 64, float32", partial(state_space, 64, 64, torch.float32)),
+    Launch(
+        "block_ssd, P 64, N 64, packed", partial(state_space, 64, 64, packed=True, pending=True)
+    ),
+    Launch("ssd, one token", partial(state_space, 64, 64, packed=True, length=1)),
     Launch("diagonal, constant decay, packed", partial(diagonal_scan, True, True)),
     Launch("diagonal, varying decay", partial(diagonal_scan, False, False)),
     Launch("gated norms, head_dim 64", partial(norms, 64)),
@@ -191,7 +224,26 @@ def diagonal_traffic() -> tuple[Callable[[], Any], int, int]:
     return partial(diagonal.forward, u, decay, state), _bytes(u, u, decay, state, state), 0
 
 
+def state_space_traffic(backward: bool) -> tuple[Callable[[], Any], int, int]:
+    """1024 tokens, two heads of 64; the least products are those of the recurrence."""
+    length, heads, dim, directions = 1024, 2, 64, 64
+    x = torch.randn(1, length, heads, dim, dtype=torch.bfloat16)
+    B, C = (torch.randn(1, length, directions, dtype=torch.bfloat16) for _ in range(2))
+    dt = torch.rand(1, length, heads)
+    log_decay, state = -dt.double(), torch.zeros(1, 1, heads, dim, directions)
+    call = x, dt, log_decay, B, C, state
+    inputs = _bytes(*call)
+    products = 4 * length * heads * dim * directions  # a write and a read
+    if not backward:
+        return partial(ssd_forward.forward, *call), inputs + _bytes(x, state), products
+    dy, dfinal = torch.randn_like(x), torch.zeros_like(state)
+    run = partial(ssd_backward.backward, dy, dfinal, *call)
+    return run, 2 * inputs + _bytes(dy, dfinal), 2 * products
+
+
 TRAFFIC = [
+    Traffic("ssd, forward", partial(state_space_traffic, False)),
+    Traffic("ssd, backward", partial(state_space_traffic, True)),
     Traffic("window attention of 256, forward", partial(attention_traffic, 256, False)),
     Traffic("window attention of 256, backward", partial(attention_traffic, 256, True)),
     Traffic("full attention, forward", partial(attention_traffic, None, False)),

@@ -151,6 +151,31 @@ def test_hot_loops_stay_as_short_as_they_were(target, launch):
             assert length <= 1.05 * before
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("directions", "dtype", "packed", "pending"),
+    [
+        (64, torch.bfloat16, True, False),
+        pytest.param(64, torch.bfloat16, True, True, marks=slow),
+        pytest.param(128, torch.bfloat16, False, False, marks=slow),
+        pytest.param(64, torch.float16, False, False, marks=slow),
+        pytest.param(64, torch.float32, True, True, marks=slow),
+    ],
+)
+def test_state_space(target, directions, dtype, packed, pending):
+    with compiled_for(target) as found:
+        launches.state_space(64, directions, dtype, packed=packed, pending=pending)
+        launches.state_space(64, directions, dtype, packed=packed, pending=pending, length=1)
+    names = {"_states", "_pass_on", "_scan", "_back_to_writes", "_back_to_directions", "_step"}
+    assert names <= {kernel.name for kernel in found}
+    for kernel in found:
+        assert kernel.spills == 0
+        assert kernel.shared <= 1024 * SHARED[target]
+        assert kernel.count(ATOMICS) == 0
+        if kernel.name in names - {"_pass_on", "_step"}:
+            assert kernel.count(MATRIX_PRODUCTS) > 0
+
+
 def test_the_meter_sees_spills_and_tensor_cores():
     """Numbers that are always 0 would prove nothing."""
 

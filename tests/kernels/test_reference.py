@@ -10,23 +10,53 @@ pytestmark = pytest.mark.usefixtures("interpret")
 
 # Around the edges of the small programs that the fixture makes.
 LENGTHS = {
+    "block_ssd": [1, 16, 17, 33],
     "conv_silu": [1, 2, 3, 5, 7, 8, 9, 17],
     "diagonal_scan": [1, 2, 15, 16, 17, 33, 40],
     "sparse_attention": [1, 2, 15, 16, 17, 33, 40],
+    "ssd": [1, 16, 17, 33],
     "gated_norms": [1, 2, 7, 8, 9, 17],
 }
-NAMES = pytest.mark.parametrize("name", LENGTHS)
+COSTLY = ("block_ssd", "sparse_attention", "ssd")  # seconds for an example
+CHEAP = [name for name in LENGTHS if name not in COSTLY]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+FEW = settings(max_examples=settings().max_examples // 4)
 
 
-@NAMES
+def check_equal(name, data):
+    case = data.draw(cases(name, LENGTHS[name]))
+    assert_equal_in_float64(name, case, backend="triton")
+
+
+def check_precise(name, dtype, data):
+    case = data.draw(cases(name, LENGTHS[name]))
+    assert_as_precise(name, case, dtype, backend="triton")
+
+
+@pytest.mark.parametrize("name", CHEAP)
 @given(data=st.data())
 def test_equal_in_float64(name, data):
-    assert_equal_in_float64(name, data.draw(cases(name, LENGTHS[name])), backend="triton")
+    check_equal(name, data)
 
 
-@NAMES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", COSTLY)
+@given(data=st.data())
+@FEW
+def test_costly_ones_equal_in_float64(name, data):
+    check_equal(name, data)
+
+
+@pytest.mark.parametrize("name", CHEAP)
+@DTYPES
 @given(data=st.data())
 @settings(max_examples=5)
 def test_as_precise_as_the_reference(name, dtype, data):
-    assert_as_precise(name, data.draw(cases(name, LENGTHS[name])), dtype, backend="triton")
+    check_precise(name, dtype, data)
+
+
+@pytest.mark.parametrize("name", COSTLY)
+@DTYPES
+@given(data=st.data())
+@settings(max_examples=2)
+def test_costly_ones_as_precise_as_the_reference(name, dtype, data):
+    check_precise(name, dtype, data)
