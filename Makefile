@@ -73,7 +73,7 @@ bench: $(BIN)/pytest
 kernels: $(BIN)/pytest
 	$(BIN)/python tests/kernels/table.py
 
-# Without a GPU the tests run on a stand-in, and the table says that there is nothing to measure.
+# Without a GPU the tests run on a stand-in, and then it ends with an error: nothing to measure.
 gpu-check: $(BIN)/pytest
 	$(BIN)/pytest tests/kernels/test_gpu.py -rs
 	$(BIN)/python -c "import longctx_layers; raise SystemExit(not longctx_layers.selfcheck())"

@@ -10,16 +10,20 @@ from torch import Tensor
 from longctx_layers.kernels.attention_backward import backward
 from longctx_layers.kernels.attention_forward import empty_by_token, forward
 from longctx_layers.kernels.guard import check_import_name
+from longctx_layers.kernels.target import on_its_device
 
 check_import_name(__name__)
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor first, Tensor? far_q, Tensor? far_k, Tensor? far_v,"
-    " Tensor? far_mask, int far_block, float scale"
+    " Tensor? far_mask, SymInt far_block, float scale"
 )
 
 sparse_attention = torch.library.custom_op(
-    "longctx::sparse_attention", forward, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
+    "longctx::sparse_attention",
+    on_its_device(forward),
+    mutates_args=(),
+    schema=f"({_CALL}) -> (Tensor, Tensor)",
 )
 
 
@@ -31,7 +35,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 _sparse_attention_backward = torch.library.custom_op(
     "longctx::sparse_attention_backward",
-    backward,
+    on_its_device(backward),
     mutates_args=(),
     schema=f"(Tensor do, Tensor dlse, Tensor o, Tensor lse, {_CALL})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

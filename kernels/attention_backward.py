@@ -101,7 +101,7 @@ def _queries(
 ):  # fmt: skip
     """The gradient of q through the range."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < T * SHARE
     t, h, d = row // SHARE, g * SHARE + row % SHARE, tl.arange(0, HEAD)
@@ -174,7 +174,8 @@ def _keys(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and v. `SEEN`: how many tokens begin at a tile's first key, or at its last."""
-    tile, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    tile = tl.program_id(0)
+    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     key, d, S = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD), T + prefix
     k_at = b * k_b + g * k_g + key.to(tl.int64)[:, None] * k_t + d[None, :]
     v_at = b * v_b + g * v_g + key.to(tl.int64)[:, None] * v_t + d[None, :]
@@ -213,7 +214,7 @@ def _far(
 ):  # fmt: skip
     """Gradients of the far queries, and a tile's share of those of the far keys and values."""
     list, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     row, d = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, HEAD)
     t, h = list * block + row // SHARE, g * SHARE + row % SHARE
     inside = (row < block * SHARE) & (t < T)

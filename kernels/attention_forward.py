@@ -147,10 +147,10 @@ def _forward(
     split = tl.program_id(0) % SPLITS
     # The last tiles first: in full attention they have the most to do.
     tile = tl.num_programs(0) // SPLITS - 1 - tl.program_id(0) // SPLITS
-    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < T * SHARE
-    t, h, d = row // SHARE, g * SHARE + row % SHARE, tl.arange(0, HEAD)
+    t, h, d = row // SHARE, (g * SHARE + row % SHARE).to(tl.int64), tl.arange(0, HEAD)
     first_token, last_token = (
         tile * ROWS // SHARE,
         tl.minimum(((tile + 1) * ROWS - 1) // SHARE, T - 1),
@@ -307,7 +307,7 @@ def prepare(
         v,
         (far_q, far_k, far_v, far_mask),
         strides,
-        (length, k.shape[2] - length, count, lists, max(far_block, 1)),
+        (length, k.shape[2] - length, count, lists, max(min(far_block, length), 1)),
         head,
         (groups, heads // groups, dim, head, far_q is not None),
         tl.float64 if q.dtype == torch.float64 else tl.float32,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx_layers.kernels.guard import check_import_name
+from longctx_layers.kernels.target import on_its_device
 
 check_import_name(__name__)
 
@@ -173,7 +174,7 @@ def backward(
 
 conv_silu = torch.library.custom_op(
     "longctx::conv_silu",
-    forward,
+    on_its_device(forward),
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? before=None, Tensor? start=None) -> Tensor",
 )
@@ -186,7 +187,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 _conv_silu_backward = torch.library.custom_op(
     "longctx::conv_silu_backward",
-    backward,
+    on_its_device(backward),
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? before, Tensor? start)"
     " -> (Tensor, Tensor, Tensor)",

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx_layers.kernels.guard import check_import_name
+from longctx_layers.kernels.target import on_its_device
 
 check_import_name(__name__)
 
@@ -218,7 +219,7 @@ def backward(
 
 diagonal_scan = torch.library.custom_op(
     "longctx::diagonal_scan",
-    forward,
+    on_its_device(forward),
     mutates_args=(),
     schema="(Tensor u, Tensor decay, Tensor initial_state, Tensor? start=None,"
     " Tensor? length=None) -> (Tensor, Tensor)",
@@ -232,7 +233,7 @@ def _(u: Tensor, decay: Tensor, initial_state: Tensor, *_: Any) -> tuple[Tensor,
 
 _diagonal_scan_backward = torch.library.custom_op(
     "longctx::diagonal_scan_backward",
-    backward,
+    on_its_device(backward),
     mutates_args=(),
     schema="(Tensor dh, Tensor dfinal, Tensor h, Tensor decay, Tensor initial_state,"
     " Tensor? start, Tensor? length) -> (Tensor, Tensor, Tensor)",

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx_layers.kernels.guard import check_import_name
+from longctx_layers.kernels.target import on_its_device
 
 check_import_name(__name__)
 
@@ -117,7 +118,7 @@ def backward(
 
 gated_norms = torch.library.custom_op(
     "longctx::gated_norms",
-    forward,
+    on_its_device(forward),
     mutates_args=(),
     schema="(Tensor z, Tensor o, Tensor s, Tensor weight_o, Tensor weight_s, float eps) -> Tensor",
 )
@@ -130,7 +131,7 @@ def _(z: Tensor, *_: Any) -> Tensor:
 
 _gated_norms_backward = torch.library.custom_op(
     "longctx::gated_norms_backward",
-    backward,
+    on_its_device(backward),
     mutates_args=(),
     schema="(Tensor dy, Tensor z, Tensor o, Tensor s, Tensor weight_o, Tensor weight_s, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -6,8 +6,9 @@ ahead of time (`docs/kernels.md` shows what came out) and never tuned at run tim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from longctx_layers.kernels.guard import check_import_name
 check_import_name(__name__)
 
 Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 DEFAULT = "default"  # GPUs without a row: those with 100 KiB of shared memory, and unknown ones
 
@@ -39,7 +41,23 @@ def dot_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies float32: as exactly as torch is asked to."""
     if dtype != torch.float32 or target().startswith("gfx"):
         return "ieee"
+    allowed = torch.backends.cuda.matmul
+    if getattr(allowed, "fp32_precision", "none") != "none":  # torch's newer setting
+        return "tf32" if allowed.fp32_precision == "tf32" else "tf32x3"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def on_its_device(launcher: Callable[..., Result]) -> Callable[..., Result]:
+    """The launcher, on the GPU of its first argument: Triton itself takes the current one."""
+
+    @wraps(launcher)
+    def launch(x: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
+        if x.device.type != "cuda":
+            return launcher(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return launcher(x, *args, **kwargs)
+
+    return launch
 
 
 def processors(device: torch.device) -> int:

@@ -14,9 +14,12 @@ from longctx_layers.model import LongContextLM
 INSTALLED = util.find_spec("liger_kernel") is not None
 
 
+# Liger's functions, from the first `use_liger` on: torch.compile traces no import.
+_functions: Any = None
+
+
 def _call(name: str, *args: Any, **kwargs: Any) -> Tensor:
-    functions = import_module("liger_kernel.transformers.functional")
-    result: Tensor = getattr(functions, name)(*args, **kwargs)
+    result: Tensor = getattr(_functions, name)(*args, **kwargs)
     return result
 
 
@@ -39,7 +42,8 @@ _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.RMSNorm: _Norm, SwiG
 def use_liger(model: LongContextLM) -> LongContextLM:
     """Run a model's norms, feed-forward layers and loss on Liger-Kernel's Triton kernels, in place.
 
-    Parameters keep their names, so that checkpoints fit with and without it.
+    Parameters keep their names, so that checkpoints fit with and without it; a model that is loaded
+    is a plain one, to be given here again.
 
     Returns:
         The model itself.
@@ -54,6 +58,8 @@ def use_liger(model: LongContextLM) -> LongContextLM:
             "use_liger: expected the package liger-kernel, which is not installed; "
             "pip install 'longctx-layers[liger]'"
         )
+    global _functions
+    _functions = import_module("liger_kernel.transformers.functional")
     for module in model.modules():
         if type(module) in _REPLACEMENTS:
             module.__class__ = _REPLACEMENTS[type(module)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from longctx_layers import ops
 from longctx_layers.ops import BACKENDS, FarKeys, Segments
+from longctx_layers.ops.dispatch import RefusedError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -153,6 +155,12 @@ def _converted(given: dict[str, Any], dtype: torch.dtype, device: torch.device) 
 
 def _results(name: str, given: dict[str, Any], backend: str) -> _Results:
     """Outputs, and the gradients of all inputs under a fixed loss."""
+    device = tree_leaves(given)[0].device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        return _gradients(name, given, backend)
+
+
+def _gradients(name: str, given: dict[str, Any], backend: str) -> _Results:
     outputs = tree_leaves(getattr(ops, name)(**given, backend=backend))
     if (segments := given.get("segments")) is not None:  # what stands at pads is unspecified
         real = segments.real()
@@ -194,6 +202,10 @@ def error_budget(
     return factor * (max_error(same_dtype_reference, oracle) + band)
 
 
+def _ratio(error: float, allowed: float) -> float:
+    return 0.0 if error == 0 else error / allowed if allowed > 0 and error == error else math.inf
+
+
 def _compare(found: _Results, own: _Results, exact: _Results) -> list[float]:
     """Largest errors of outputs and of gradients, in units of the budget."""
     ratios = []
@@ -202,7 +214,7 @@ def _compare(found: _Results, own: _Results, exact: _Results) -> list[float]:
         scale = max(x.abs().max().item() for x in oracle) if kind else None
         ratios.append(
             max(
-                max_error(x, z) / error_budget(x, y, z, scale=scale) if x.isfinite().all() else 1e9
+                _ratio(max_error(x, z), error_budget(x, y, z, scale=scale))
                 for x, y, z in zip(actual, expected, oracle, strict=True)
             )
         )
@@ -227,9 +239,13 @@ def checks(
             for backend in backends:
                 try:
                     found = _results(name, rounded, backend)
-                except ValueError as error:  # it refuses
+                except RefusedError as error:
                     reason = str(error).partition("can't run this call: ")[2] or str(error)
                     yield Check(case, backend, dtype, None, None, reason.split("; ")[0])
+                    continue
+                except Exception as error:  # whatever a GPU's driver and compiler may raise
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    yield Check(case, backend, dtype, math.inf, math.inf, reason)
                     continue
                 output, gradient = _compare(found, own, exact)
                 right = max(output, gradient) <= 1
@@ -252,10 +268,14 @@ def selfcheck(device: torch.device | str | None = None) -> bool:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{'call':<32} {'backend':<8} {'dtype':<9} {'output':>8}{'gradient':>8}")
-    wrong = 0
+    wrong, refusals = 0, {}
     for check in checks(device):
-        if check.output is not None:
+        if check.output is None:
+            refusals[check.backend] = check.reason
+        else:
             print(check)
             wrong += check.failed
+    for backend, reason in refusals.items():
+        print(f"{backend} refused some or all of them: {reason}")
     print("all right" if not wrong else f"{wrong} wrong: please report them with this table")
     return not wrong

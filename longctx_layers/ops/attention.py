@@ -121,6 +121,7 @@ def _check(
         expect_shape("segments.start", segments.start, (batch, length), "[B, T]")
         expect_shape("segments.length", segments.length, (batch,), "[B]")
     if far is not None:
+        expect_positive("far.block", far.block)
         lists = -(-length // far.block)
         if lists > 1 and window_size is None and chunk_size is None:
             raise ValueError(
@@ -131,14 +132,27 @@ def _check(
         expect_shape("far.k", far.k, (batch, k.shape[1], lists, None, dim), "[B, G, L, F, P]")
         expect_shape("far.v", far.v, tuple(far.k.shape), "[B, G, L, F, P], as far.k")
         expect_shape("far.mask", far.mask, (None, None, length, far.k.shape[3]), "[B, G, T, F]")
+        for size, whole, name in zip(far.mask.shape, k.shape, "BG", strict=False):
+            if size not in (1, whole):
+                raise ValueError(
+                    f"far.mask: expected [B or 1, G or 1, T, F] with {name} = {whole}, got "
+                    f"{list(far.mask.shape)}"
+                )
+        expect_dtype("far.mask", far.mask, torch.bool)
+        for name, x in (("far.q", far.q), ("far.k", far.k), ("far.v", far.v)):
+            expect_dtype(name, x, q.dtype)
 
 
-def _refuse_triton(q: Tensor, *_: Tensor, dropout_p: float, scale: float, **__: Any) -> str | None:
+def _refuse_triton(
+    q: Tensor, k: Tensor, _: Tensor, *, dropout_p: float, scale: float, **__: Any
+) -> str | None:
     if (reason := triton_support.refuse(q)) is not None:
         return reason
     limit = 256 if q.dtype.itemsize == 2 else 128
     if q.shape[-1] > limit:
         return f"takes head_dim up to {limit} in {q.dtype}, got {q.shape[-1]}"
+    if q.shape[0] * k.shape[1] > 65535:
+        return f"takes up to 65535 rows times key heads, got {q.shape[0] * k.shape[1]}"
     if dropout_p > 0:
         return f"drops no attention weights, got dropout_p = {dropout_p}"
     if scale <= 0:

@@ -19,6 +19,10 @@ BACKENDS = ("triton", "flash", "flex", "torch", "reference")
 ENVIRONMENT_VARIABLE = "LONGCTX_BACKEND"
 
 
+class RefusedError(ValueError):
+    """A backend that was asked for by name can't run the call."""
+
+
 class Choice(NamedTuple):
     """One backend's answer to one call: `reason` says why it was refused, or not automatic."""
 
@@ -164,11 +168,11 @@ class Operation:
             refusal = candidate.refuse(*args, **kwargs)
             if refusal is None:
                 return candidate.run
-            raise ValueError(
+            raise RefusedError(
                 f"{self.name}: backend {wanted!r} was asked for and can't run this call: "
                 f"{refusal}; use backend='auto', or see longctx_layers.explain"
             )
-        raise ValueError(
+        raise RefusedError(
             f"{self.name}: expected a backend out of {('auto', *self.backends)}, got {wanted!r}; "
             "the others do not implement this operation"
         )

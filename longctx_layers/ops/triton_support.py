@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OLDEST = 8  # compute capability: before, registers spill by the thousands
 MINIMUM = (3, 6)
 # NVIDIA architectures on which later versions only are right, by major compute capability.
 # Gradients on Hopper: https://github.com/fla-org/flash-linear-attention/issues/640 and 984.
@@ -20,15 +21,19 @@ VERSION = tuple(map(int, re.findall(r"\d+", metadata.version("triton"))[:3])) if
 
 def refuse(x: Tensor, *_: Any, **__: Any) -> str | None:
     """Why Triton's kernels can't run an operation's call, whose first argument is x, or None."""
-    return refuse_device(x.device)
+    if x.numel() == 0:
+        return f"takes no empty tensors, got one of shape {list(x.shape)}"
+    return refuse_device(x.device, x.dtype)
 
 
-def refuse_device(device: torch.device) -> str | None:
-    """Why Triton's kernels can't run on a device, or None."""
+def refuse_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels can't run on a device in a dtype, or None."""
     if device.type != "cuda":
         return f"needs a GPU of NVIDIA or AMD, got a tensor on {device.type!r}"
     if not INSTALLED:
         return "Triton is not installed: pip install 'longctx-layers[triton]'"
+    if dtype == torch.float64:
+        return "computes in float32: float64 runs on the torch path"
     hip = torch.version.hip is not None
     # Unlike get_device_capability, torch.compile takes the properties for a constant.
     return refuse_version(VERSION, None if hip else torch.cuda.get_device_properties(device).major)
@@ -36,6 +41,8 @@ def refuse_device(device: torch.device) -> str | None:
 
 def refuse_version(version: tuple[int, ...], capability: int | None) -> str | None:
     """Why this Triton is not used on GPUs of a major compute capability (None: AMD), or None."""
+    if capability is not None and capability < OLDEST:
+        return f"needs compute capability {OLDEST} or higher, got {capability}"
     needed = MINIMUM if capability is None else MINIMUM_ON.get(capability, MINIMUM)
     if version >= needed:
         return None

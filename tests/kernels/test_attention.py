@@ -83,11 +83,14 @@ def test_log_sum_exp_and_its_gradient():
     assert_close(*gradients)
 
 
-def test_offsets_beyond_32_bits(monkeypatch):
-    length, dim, stride = 20, 4, 2**27
+@pytest.mark.parametrize("heads", [False, True])
+def test_offsets_beyond_32_bits(monkeypatch, heads):
+    length, dim, stride = 20, 4, 2**29 if heads else 2**27
     # Virtual memory alone: pages that are never touched cost nothing.
     memory = torch.UntypedStorage(2 * length * stride)
     shape, strides = (1, 1, length, dim), (length * stride, dim, stride, 1)
+    if heads:  # far apart too
+        length, shape, strides = 5, (1, 5, 3, dim), (5 * stride, stride, dim, 1)
     spread = torch.empty(0, dtype=torch.float16).set_(memory, 0, shape, strides)
     x = torch.randn(shape, dtype=torch.float16)
     spread.copy_(x)
@@ -96,6 +99,60 @@ def test_offsets_beyond_32_bits(monkeypatch):
         monkeypatch.setattr(attention_forward, "strided", take)
         actual = operation(spread, spread, spread, backend="triton")
         assert_close(actual, expected, rtol=0, atol=1e-2)  # rounding of fp16, not garbage
+
+
+def far_keys(length: int, block: int, **replaced: Tensor) -> FarKeys:
+    lists = -(-length // block)
+    mask = torch.ones(1, 1, length, 2, dtype=torch.bool)
+    keys = draw(1, 1, lists, 2, 3), draw(1, 1, lists, 2, 3)
+    return FarKeys(draw(1, 2, length, 3), *keys, mask, block)._replace(**replaced)
+
+
+@pytest.mark.parametrize("block", [2**30, 2**31 - 1, 2**62])
+def test_blocks_far_longer_than_the_call(block):
+    far = far_keys(20, block)
+    q, k = draw(1, 2, 20, 3), draw(1, 1, 20, 3)
+    gradients = []
+    for backend in ("triton", "reference"):
+        leaf = far.k.clone().requires_grad_()
+        y = operation(q, k, k, window_size=4, far=far._replace(k=leaf), backend=backend)
+        gradients.append(torch.autograd.grad(y.square().sum(), leaf)[0])
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mask": torch.ones(2, 1, 6, 2, dtype=torch.bool)},
+        {"mask": torch.ones(1, 2, 6, 2, dtype=torch.bool)},
+        {"mask": torch.ones(1, 1, 6, 2)},
+        {"k": torch.zeros(1, 1, 2, 2, 3)},
+    ],
+)
+def test_far_keys_that_do_not_fit_are_errors(wrong):
+    far, q, k = far_keys(6, 4, **wrong), draw(1, 2, 6, 3), draw(1, 1, 6, 3)
+    with pytest.raises((ValueError, TypeError), match=r"far\.(mask|k)"):
+        operation(q, k, k, window_size=4, far=far)
+
+
+def test_empty_calls_are_refused_and_run_elsewhere():
+    q = draw(1, 2, 0, 3)
+    with pytest.raises(ValueError, match="takes no empty tensors"):
+        operation(q, q, q, window_size=4, backend="triton")
+    assert operation(q, q, q, window_size=4).shape == q.shape
+
+
+def test_one_exported_program_for_every_length_of_a_list():
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            far = FarKeys(q, k[:, :, None, :2], v[:, :, None, :2], mask, q.shape[2])
+            return operation(q, k, v, window_size=4, far=far, backend="triton")
+
+    inputs = (*call(6, 6, far=False)[:3], torch.ones(1, 1, 6, 2, dtype=torch.bool))
+    time = {2: torch.export.Dim.AUTO}
+    exported = torch.export.export(Module(), inputs, dynamic_shapes=(time,) * 4)
+    longer = [torch.cat([x, x], dim=2) for x in inputs]
+    assert_close(exported.module()(*longer), Module()(*longer))
 
 
 @pytest.mark.parametrize("far", [True, False])
