@@ -35,6 +35,32 @@ def test_sizes_of_states_and_views(length, dim, directions):
     assert_close((y, final), expected)
 
 
+def everything(operation: str, inputs: dict[str, Tensor], **options) -> list[Tensor]:
+    """y without its pads, the final states, and the gradients of all inputs."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y, final = getattr(ops, operation)(**leaves, **options)
+    if "segments" in options:
+        y = torch.where(options["segments"].real()[..., None, None], y, 0)
+    results = [y, *(final if isinstance(final, tuple) else [final])]
+    weights = [torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z) for z in results]
+    return [*results, *torch.autograd.grad(results, list(leaves.values()), weights)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("operation", "options"),
+    [("ssd", {}), *(("block_ssd", {"chunk_size": n, "chunk_shift": 3}) for n in (5, 80))],
+)
+def test_states_and_gradients_pass_many_spans(operation, options, packed):
+    inputs = views(100, 1, 2, 2)  # 4 spans
+    inputs["dt"] *= 0.05  # what is written in the first is still there in the last
+    if packed:
+        start = torch.tensor([[-4] * 100, [-1] * 40 + [40] * 60])
+        options = {**options, "segments": ops.Segments(start, torch.tensor([100, 90]))}
+    actual = everything(operation, inputs, **options, backend="triton")
+    assert_close(actual, everything(operation, inputs, **options, backend="reference"))
+
+
 def test_states_too_large_are_refused():
     with pytest.raises(ValueError, match="N of at most"):
         ops.ssd(**views(2, 1, 1, 257), backend="triton")
