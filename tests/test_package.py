@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"triton", "flash", "flash4", "liger", "train", "hf", "bench", "docs", "dev"}
+EXTRAS = {"triton", "flash", "flash4", "liger", "train", "deepspeed", "hf", "bench", "docs", "dev"}
 HEAVY = [
     "datasets",
     "flash_attn",
