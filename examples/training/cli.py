@@ -1,0 +1,144 @@
+"""The program: LightningCLI with this project's model, data, defaults and errors."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_checkpoint
+from training.data import LongContextData
+from training.hardware import settle
+from training.module import LanguageModel, NonFiniteError
+from training.monitoring import Monitor
+
+# What Lightning says about choices that are made here on purpose.
+SILENCED = (
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*does not have many workers.*",
+    r".*smaller than the logging interval.*",
+    r".*The `srun` command is available.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+)
+
+
+class Parser(LightningArgumentParser):
+    """Errors about a misspelt flag name the flags that there are."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program with one line, without the usage of some hundred flags."""
+        unknown = re.findall(r"--([\w.]+)", message) if "nrecognized arguments" in message else []
+        for flag in unknown:
+            group = flag.rpartition(".")[0]
+            flags = [f"--{a.dest}" for a in self._actions if a.dest.rpartition(".")[0] == group]
+            near = difflib.get_close_matches(f"--{flag}", flags, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            message += f"{hint} Valid: {' '.join(flags)}"
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(2)
+
+
+class CLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` of a language model on long documents."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set the trainer's defaults, and add the checkpoints' flags."""
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "logs",
+                "trainer.max_steps": 100_000,
+                "trainer.devices": 1,
+                "trainer.log_every_n_steps": 10,
+                "trainer.enable_model_summary": False,  # the monitor's start lines say more
+            }
+        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and find `--ckpt_path=last`."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") == "last":
+            root = config.trainer.default_root_dir
+            newest = newest_checkpoint(root)
+            config.ckpt_path = newest and str(newest)
+            print(f"--ckpt_path=last: {newest or f'none under {root} yet, so this run begins'}")
+
+    def before_instantiate_classes(self) -> None:
+        """Settle what depends on the machine."""
+        try:
+            said = settle(self.config[self.subcommand].trainer)
+        except ValueError as error:
+            self.parser.error(str(error))
+        print(*said, sep="\n", end="\n" * bool(said), flush=True)
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; what they refuse is the user's error, in one line."""
+        try:
+            super().instantiate_classes()
+            self.model.check_data(self.datamodule.seq_len, self.datamodule.carry_state)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            self.parser.error(str(error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add atomic checkpoints, the monitor, and a bar if nobody chose another."""
+        config = self._get(self.config_init, "trainer")
+        bar = config.enable_progress_bar
+        if bar is None:
+            bar = sys.stdout.isatty()
+        callbacks = config.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        own_bars = [c for c in callbacks if isinstance(c, ProgressBar)]
+        if not bar:
+            callbacks = [c for c in callbacks if c not in own_bars]
+        elif not own_bars:
+            callbacks = [*callbacks, TQDMProgressBar()]
+        plugins = config.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(
+            enable_progress_bar=bar,
+            callbacks=[*callbacks, Monitor(plain_lines=not bar)],
+            plugins=[*plugins, AtomicCheckpointIO()],
+            **kwargs,
+        )
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:
+        if config.get("enable_checkpointing") is False:
+            callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def after_fit(self) -> None:
+        """Validate the model as it came out, unless that was the last thing done."""
+        trainer = self.trainer
+        if trainer.fast_dev_run or not trainer.limit_val_batches or trainer.interrupted:
+            return
+        trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def main() -> None:
+    """Run the command line in `sys.argv`."""
+    for message in SILENCED:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    try:
+        CLI(
+            LanguageModel,
+            LongContextData,
+            parser_class=Parser,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"default_env": True, "env_prefix": "LONGCTX"},
+            auto_configure_optimizers=False,
+        )
+    except (NonFiniteError, MisconfigurationException, ConnectionError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,70 @@
+"""What the trainer's options mean on this machine, settled before anything is built."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+FSDP = "lightning.pytorch.strategies.ModelParallelStrategy"
+
+
+def settle(trainer: Any) -> list[str]:
+    """Change a trainer's config in place to what this machine can do.
+
+    Returns:
+        What was changed, in lines for the user.
+
+    Raises:
+        ValueError: for what it can't do, with the remedy.
+    """
+    said = []
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (
+        trainer.accelerator in ("gpu", "cuda")
+        and not gpus
+        and not torch.backends.mps.is_available()
+    ):
+        raise ValueError(
+            f"--trainer.accelerator={trainer.accelerator}: torch {torch.__version__} finds no GPU "
+            "on this machine; use --trainer.accelerator=cpu, or auto for what there is"
+        )
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not gpus)
+    if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
+        said.append(f"--trainer.precision={trainer.precision}: bf16-mixed, as this runs on the CPU")
+        trainer.precision = "bf16-mixed"
+    strategy = trainer.strategy
+    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                f"--trainer.strategy={strategy}: needs the extra deepspeed, pip install "
+                "'longctx-layers[deepspeed]'; to save memory without it use "
+                "--model.gradient_checkpointing=True, and --trainer.strategy=fsdp on several GPUs"
+            )
+        if on_cpu:
+            raise ValueError(
+                f"--trainer.strategy={strategy}: DeepSpeed needs a CUDA GPU; to save memory here "
+                "use --model.gradient_checkpointing=True"
+            )
+    if strategy == "fsdp":
+        size = device_count(trainer.devices, 1 if on_cpu else gpus) * int(trainer.num_nodes)
+        said.append(f"--trainer.strategy=fsdp: FSDP2 over {size} process{'es' * (size > 1)}")
+        trainer.strategy = {
+            "class_path": FSDP,
+            "init_args": {
+                "data_parallel_size": size,
+                "tensor_parallel_size": 1,
+                "save_distributed_checkpoint": False,  # one file, as every other strategy writes
+            },
+        }
+    return said
+
+
+def device_count(devices: Any, available: int) -> int:
+    """How many processes a node has for `--trainer.devices`."""
+    if devices in ("auto", -1, "-1"):
+        return available
+    if isinstance(devices, str):
+        devices = [d for d in devices.split(",") if d] if "," in devices else int(devices)
+    return devices if isinstance(devices, int) else len(devices)

@@ -1,0 +1,334 @@
+"""The LightningModule: a language model with its loss, its optimizer and its curricula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from longctx_layers import LongContextLM, create_model, detach_state, state_to
+from longctx_layers.model import IGNORED_LABEL
+from training import optimization
+from training.checkpoints import gather_ranks, packed_tokenizer
+from training.curriculum import (
+    WindowCurriculum,
+    check_lengths,
+    check_schedule,
+    drawn_length,
+    fold,
+    stage,
+)
+from training.inspection import first_non_finite
+from training.options import between, block_options, check_blocks
+
+BLOCK_FLAGS = (
+    "window_size", "ssm_state_dim", "chunk_size", "state_dim", "n_global_tokens", "n_random_tokens",
+)  # fmt: skip
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradients are NaN or infinite."""
+
+
+class LanguageModel(L.LightningModule):
+    """A causal language model over any of the layers.
+
+    Args:
+        num_params: Size of the model: tiny (1 M, for trials), 150m, 250m or 350m. The feed-forward
+            width is solved for, so that every block has this number of parameters within 1 %.
+        block: Every layer: dpassm (the default), blade, baseline_longformer, baseline_bigbird,
+            vanilla or window.
+        window_size: Tokens in the attention window (dpassm, window, longformer, bigbird).
+        ssm_state_dim: State dimension of dpassm.
+        chunk_size: Tokens in a chunk of blade.
+        state_dim: State dimension of blade.
+        n_global_tokens: First tokens that every query sees (dpassm, longformer, bigbird).
+        n_random_tokens: Random keys a block of queries sees (bigbird).
+        pattern: Blocks cycled over depth, in place of block: [dpassm, dpassm, vanilla].
+        block_kwargs: Further options of the block, {ssm: diagonal}; with a pattern by block name.
+        ffn_dim: Feed-forward width, whatever number of parameters results.
+        dropout: Dropout of the embedding and of every residual branch.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, about
+            a third more time.
+        compile: Compile every block with torch.compile.
+        learning_rate: Peak learning rate.
+        gate_learning_rate: Peak learning rate of the gates between two paths, which are known to
+            train slowly; by default twice the learning rate.
+        weight_decay: Decay of projections, convolutions and the embedding; nothing else decays.
+        optimizer: An optimizer of torch.optim, fused where it can be.
+        warmup_steps: Steps of linear warm-up; by default a twentieth of the run, at most 2000.
+        final_learning_rate: Where the cosine ends, as a fraction of the peak.
+        gradient_clip_val: Norm to which gradients are clipped, 0 for no clipping;
+            --trainer.gradient_clip_val comes first.
+        length_curriculum: Sequence length by the step from which it holds, {0: 1024, 2000: 8192}.
+        mixed_lengths: Draw the length of each step among these, [512, 2048, 8192].
+        window_curriculum: Window or chunk size by the step from which it holds, {0: 32, 500: 128};
+            the last is the model's own.
+    """
+
+    def __init__(
+        self,
+        num_params: str = "150m",
+        block: str | None = None,
+        window_size: int | None = None,
+        ssm_state_dim: int | None = None,
+        chunk_size: int | None = None,
+        state_dim: int | None = None,
+        n_global_tokens: int | None = None,
+        n_random_tokens: int | None = None,
+        pattern: list[str] | None = None,
+        block_kwargs: dict[str, Any] | None = None,
+        ffn_dim: int | None = None,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        learning_rate: float = 1e-3,
+        gate_learning_rate: float | None = None,
+        weight_decay: float = 0.1,
+        optimizer: str = "AdamW",
+        warmup_steps: int | None = None,
+        final_learning_rate: float = 0.1,
+        gradient_clip_val: float = 1.0,
+        length_curriculum: dict[int, int] | None = None,
+        mixed_lengths: list[int] | None = None,
+        window_curriculum: dict[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if block is not None and pattern is not None:
+            raise ValueError("block, pattern: expected one of them, got both; leave one out")
+        self.names = tuple(pattern or [block or "dpassm"])
+        flags = {name: self.hparams[name] for name in BLOCK_FLAGS}
+        self.block_kwargs = block_options(self.names, flags, block_kwargs)
+        check_blocks(num_params, self.block_kwargs)
+        optimization.optimizer_class(optimizer)
+        for name in ("learning_rate", "weight_decay", "gradient_clip_val", "warmup_steps"):
+            if self.hparams[name] is not None:
+                between(name, self.hparams[name], 0)
+        between("final_learning_rate", final_learning_rate, 0, 1)
+        between("dropout", dropout, 0, math.nextafter(1, 0))
+        for name in ("length_curriculum", "window_curriculum"):
+            check_schedule(name, self.hparams[name])
+        if length_curriculum is not None and mixed_lengths is not None:
+            raise ValueError("length_curriculum, mixed_lengths: expected one of them, got both")
+        self.model: LongContextLM | None = None
+        self.windows: WindowCurriculum | None = None
+        self.seed = torch.initial_seed()
+        self.carried: Any = None  # the state behind the last batch, where the data go on from it
+        self.totals: Tensor | None = None  # loss and labels since the last step, over all ranks
+        self.validation_totals: Tensor | None = None
+        self.norm: Tensor | None = None  # of the gradients, before clipping
+
+    # ---- Building
+
+    def check_data(self, length: int, carry_state: bool) -> None:
+        """Whether the curricula fit the data; before any is read.
+
+        Raises:
+            ValueError: if a length does not divide the data's, or a carried state is cut apart.
+        """
+        lengths = self.hparams.mixed_lengths or list(
+            (self.hparams.length_curriculum or {}).values()
+        )
+        if not lengths:
+            return
+        name = "mixed_lengths" if self.hparams.mixed_lengths else "length_curriculum"
+        check_lengths(name, lengths, length)
+        if carry_state:
+            raise ValueError(
+                f"{name}: expected data whose rows are apart, got --data.carry_state=True, where "
+                "each batch goes on from the one before; leave one of them out"
+            )
+
+    def configure_model(self) -> None:
+        """Build the model, for the data's vocabulary; the same weights whatever came before."""
+        if self.model is not None:
+            return
+        torch.manual_seed(self.seed)
+        self.model = create_model(
+            self.trainer.datamodule.vocab_size,
+            num_params=self.hparams.num_params,
+            pattern=self.names,
+            block_kwargs=self.block_kwargs,
+            ffn_dim=self.hparams.ffn_dim,
+            dropout=self.hparams.dropout,
+            gradient_checkpointing=self.hparams.gradient_checkpointing,
+        )
+        if self.hparams.window_curriculum:
+            self.windows = WindowCurriculum(self.model, self.hparams.window_curriculum)
+        if self.hparams.compile:
+            for block in self.model.blocks:
+                block.compile()  # in place: names of parameters stay as they are
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW or another, its groups, and the schedule."""
+        options = self.hparams
+        gate_rate = options.gate_learning_rate
+        groups = optimization.parameter_groups(
+            self.model,
+            learning_rate=options.learning_rate,
+            gate_learning_rate=2 * options.learning_rate if gate_rate is None else gate_rate,
+            weight_decay=options.weight_decay,
+        )
+        # A fused step unscales gradients by itself, and so leaves none to clip.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = optimization.build_optimizer(options.optimizer, groups, fused=not scaled)
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise ValueError("max_steps: expected a number, since the data have no end")
+        warmup = options.warmup_steps
+        if warmup is None:
+            warmup = min(2000, int(total) // 20)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: optimization.warmup_cosine(
+                step, warmup=warmup, total=int(total), final=options.final_learning_rate
+            ),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    # ---- Training
+
+    def on_train_epoch_start(self) -> None:
+        self.carried = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Randomness is a function of the place in the run alone: a resumed run, which has done
+        # other things before, draws the same.
+        place = f"{self.current_epoch} {batch_idx} {self.global_rank}"
+        torch.manual_seed(hash_seed(f"{self.seed} {place}"))
+        if self.windows is not None and self.windows.set(self.global_step):
+            self.carried = None  # its cache is as long as the window was
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a batch: the sum over its labels, by the number of its tokens.
+
+        Not by the number of its labels, which differs between ranks and accumulated batches: so
+        that every label of the whole step has the same weight.
+        """
+        step, options = self.global_step, self.hparams
+        if options.length_curriculum:
+            batch = fold(batch, stage(options.length_curriculum, step))
+        elif options.mixed_lengths:
+            batch = fold(batch, drawn_length(options.mixed_lengths, self.seed, step))
+        carries = self.trainer.datamodule.carry_state
+        state = None
+        if carries and self.carried is not None:
+            state = state_to(self.carried, self.device)
+        loss, after = self.model.loss(
+            batch["ids"],
+            batch["labels"],
+            state,
+            segment_ids=batch["segment_ids"],
+            reduction="sum",
+            return_state=True,
+        )
+        totals = self.over_ranks(loss, batch["labels"])
+        if not torch.isfinite(totals[0]):
+            where = first_non_finite(self.model, batch, state)
+            self.stop(f"the loss is {(totals[0] / totals[1]).item()}: {where}")
+        self.totals = totals if self.totals is None else self.totals + totals
+        self.carried = detach_state(after) if carries else None
+        return loss / batch["ids"].numel()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Measure the gradients' norm, and clip it."""
+        norm = self.norm = optimization.gradient_norm(self.model)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None and not torch.isfinite(norm):  # a scaler itself skips such a step
+            names = [
+                name
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad.sum())
+            ]
+            self.stop(f"the gradient's norm is {norm.item()}, first that of {(names or ['?'])[-1]}")
+        limit = self.hparams.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.model.parameters(), limit)
+        elif limit:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+
+    def stop(self, what: str) -> None:
+        """End the run with what is wrong and from where to go on."""
+        raise NonFiniteError(
+            f"step {self.global_step}: {what}. Last good checkpoint: "
+            f"{self.last_checkpoint() or 'none was written yet'}. Resume from it with --ckpt_path "
+            "and other data (--data.seed), or begin anew with a smaller --model.learning_rate or "
+            "--model.gradient_clip_val, or a longer --model.warmup_steps"
+        )
+
+    def last_checkpoint(self) -> str:
+        """The newest checkpoint of this run, or an empty string."""
+        callback = self.trainer.checkpoint_callback
+        return str(getattr(callback, "newest", "") or self.trainer.ckpt_path or "")
+
+    # ---- Validation
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation_totals = torch.zeros(2, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add up the loss and the labels of a batch."""
+        loss = self.model.loss(
+            batch["ids"], batch["labels"], segment_ids=batch["segment_ids"], reduction="sum"
+        )
+        self.validation_totals += self.over_ranks(loss, batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        loss = self.validation_totals[0] / self.validation_totals[1].clamp(min=1)
+        self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
+
+    def over_ranks(self, loss: Tensor, labels: Tensor) -> Tensor:
+        """`[2]`: the summed loss and the number of labels, of all ranks."""
+        counted = (labels != IGNORED_LABEL).sum().to(loss.dtype)
+        totals = torch.stack([loss.detach(), counted])
+        return self.trainer.strategy.reduce(totals, reduce_op="sum")
+
+    # ---- Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the model is made of, the tokenizer, the seed and every rank's state."""
+        checkpoint["longctx"] = {
+            "config": self.model.config.to_dict(),
+            "tokenizer": packed_tokenizer(self.trainer.datamodule.tokenizer),
+            "seed": self.seed,
+            "carried": gather_ranks(self.carried),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the seed and this rank's state."""
+        saved = checkpoint["longctx"]
+        self.seed = saved["seed"]
+        if len(saved["carried"]) == self.trainer.world_size:
+            self.carried = saved["carried"][self.global_rank]
+
+
+def shard(model: LongContextLM, mesh: Any) -> None:
+    """Shard parameters, gradients and optimizer states of the model over the mesh (FSDP2)."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("loss", "backbone"):
+        register_fsdp_forward_method(model, method)
+
+
+def hash_seed(text: str) -> int:
+    """A seed of 63 bits from a text, the same in every process."""
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
