@@ -1,0 +1,54 @@
+"""Which documents are held out: a pure function of their content and a seed.
+
+Equal documents fall on the same side, whatever their places; nothing is on both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from training.store import TokenStore, digest
+
+
+def ranks(digests: np.ndarray, seed: int) -> np.ndarray:
+    """`[n]` numbers in [0, 1) that the digests `[n]` uint64 get from a seed.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood 2014), of the digest moved by the seed.
+    """
+    with np.errstate(over="ignore"):
+        x = digests.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)).astype(np.float64) / (1 << 53)
+
+
+def is_held_out(text: str, seed: int, fraction: float) -> bool:
+    """Whether a document belongs to the validation split, by its content alone."""
+    return bool(ranks(np.array([digest(text)], np.uint64), seed)[0] < fraction)
+
+
+def split(store: TokenStore, seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training and of the validation documents.
+
+    A source's own validation split is kept, and training documents equal to one in it are left
+    out. Otherwise about `fraction` of the documents are held out, at least one unless it is 0.
+
+    Raises:
+        ValueError: if no document is left to train on.
+    """
+    numbers = np.arange(len(store))
+    if store.n_train < len(store):
+        own = numbers >= store.n_train
+        leaked = ~own & np.isin(store.digests, store.digests[own])
+        training, validation = numbers[~own & ~leaked], numbers[own]
+    else:
+        rank = ranks(store.digests, seed)
+        threshold = max(fraction, np.nextafter(rank.min(), 1)) if fraction else 0
+        training, validation = numbers[rank >= threshold], numbers[rank < threshold]
+    if not len(training):
+        raise ValueError(
+            f"validation_fraction: none of the {len(store)} documents is left to train on; pass "
+            "more than one document, or validation_fraction=0"
+        )
+    return training, validation

@@ -1,0 +1,137 @@
+"""Tokenised documents: one run of ids, in memory or in a file that is mapped into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from training.folders import write_once
+from training.tokenization import Tokenizer
+
+LAYOUT = 1  # raised when the files below change, so that older ones are not read
+CHARACTERS_AT_ONCE = 1 << 20  # that are tokenised together
+
+
+def content_key(*parts: str) -> str:
+    """A short name for what these strings describe."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
+
+
+def digest(text: str) -> int:
+    """64 bits that stand for a document's content; equal documents have equal ones."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class TokenStore:
+    """Documents one after another, each with the end of text behind it.
+
+    Attributes:
+        tokens: `[n]` unsigned ids of all documents.
+        ends: `[documents]` int64; document i is `tokens[ends[i - 1] : ends[i]]`.
+        digests: `[documents]` uint64, see `digest`.
+        n_train: documents from here on are of the source's own validation split.
+    """
+
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, n_train: int):
+        self.tokens, self.ends, self.digests, self.n_train = tokens, ends, digests, n_train
+        self._folder: Path | None = None
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenStore:
+        """A store that `prepare` wrote, mapped into memory."""
+        facts = json.loads((folder / "store.json").read_text())
+        store = cls(
+            np.memmap(folder / "tokens.bin", facts["dtype"], mode="r"),
+            np.load(folder / "ends.npy"),
+            np.load(folder / "digests.npy"),
+            facts["n_train"],
+        )
+        store._folder = folder
+        return store
+
+    def __reduce__(self) -> tuple:
+        # A pickled map would be a copy of the whole file.
+        if self._folder is not None:
+            return TokenStore.open, (self._folder,)
+        return TokenStore, (self.tokens, self.ends, self.digests, self.n_train)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of each of these documents, ends of text included."""
+        starts = np.where(documents > 0, self.ends[documents - 1], 0)
+        lengths: np.ndarray = self.ends[documents] - starts
+        return lengths
+
+    def document(self, number: int) -> np.ndarray:
+        """`[n]` ids of one document, the end of text last."""
+        start = self.ends[number - 1] if number else 0
+        return self.tokens[start : self.ends[number]]
+
+
+def prepare(
+    folder: Path, training: Iterable[str], validation: Iterable[str], tokenizer: Tokenizer
+) -> TokenStore:
+    """The store in `folder`; made from the documents, in bounded memory, if it is not there yet."""
+
+    def write(partial: Path) -> None:
+        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        lengths: list[int] = []
+        digests: list[int] = []
+        with (
+            open(partial / "tokens.bin", "wb") as file,
+            tqdm(desc="tokenising", unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            n_train = 0
+            for held_out, texts in enumerate((training, validation)):
+                for batch in batches_of_text(texts):
+                    for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                        file.write(ids.astype(dtype).tobytes())
+                        file.write(dtype(tokenizer.end_of_text).tobytes())
+                        lengths.append(len(ids) + 1)
+                        digests.append(digest(text))
+                        bar.update(len(text))
+                if not held_out:
+                    n_train = len(lengths)
+        if not lengths:
+            raise ValueError("expected documents with text in them, found none; check the dataset")
+        np.save(partial / "ends.npy", np.cumsum(lengths, dtype=np.int64))
+        np.save(partial / "digests.npy", np.array(digests, np.uint64))
+        facts = {"dtype": np.dtype(dtype).name, "n_train": n_train}
+        (partial / "store.json").write_text(json.dumps(facts) + "\n")
+
+    write_once(folder, write)
+    return TokenStore.open(folder)
+
+
+def in_memory(texts: Iterable[str], tokenizer: Tokenizer) -> TokenStore:
+    """A store of a few documents, without files."""
+    documents = list(texts)
+    encoded = [[*ids, tokenizer.end_of_text] for ids in tokenizer.encode_batch(documents)]
+    return TokenStore(
+        np.array(list(chain.from_iterable(encoded)), np.uint32),
+        np.cumsum([len(ids) for ids in encoded], dtype=np.int64),
+        np.array([digest(text) for text in documents], np.uint64),
+        len(documents),
+    )
+
+
+def batches_of_text(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists of about `CHARACTERS_AT_ONCE`; those without text are left out."""
+    batch: list[str] = []
+    size = 0
+    for text in filter(None, texts):
+        batch.append(text)
+        size += len(text)
+        if size >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

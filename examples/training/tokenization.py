@@ -1,0 +1,192 @@
+"""Tokenizers: bytes, a BPE trained on the corpus, or any of Hugging Face's.
+
+All of them know an end-of-text id, encode without special tokens and without truncation, and can be
+saved into a folder from which `load_tokenizer` brings them back with nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from training.hub import from_hub
+
+END_OF_TEXT = "<|endoftext|>"
+BPE_VOCAB_SIZE = 4096
+SMALLEST_BPE = 257  # 256 bytes and the end of text
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: ids are below it.
+        end_of_text: the id between documents.
+        fingerprint: equal for tokenizers that encode everything equally.
+    """
+
+    vocab_size: int
+    end_of_text: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without an end of text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, `[n]`, without ends of text."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; ends of text are left out."""
+        ...
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write what `load_tokenizer` needs into a folder."""
+        ...
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, and 256 for the end of text. Needs no files and loses nothing."""
+
+    vocab_size = 257
+    end_of_text = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "tokenizer_config.json").write_text('{"tokenizer_class": "bytes"}\n')
+
+
+class HuggingFaceTokenizer:
+    """One of transformers' tokenizers. Without an end of text of its own it is given one."""
+
+    def __init__(self, tokenizer: Any):
+        if tokenizer.eos_token_id is None:
+            tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+        self.tokenizer = tokenizer
+        self.vocab_size: int = len(tokenizer)
+        self.end_of_text: int = tokenizer.eos_token_id
+        # The tokenizer's file may ask for truncation or padding; and `<|endoftext|>` written out in
+        # a document is text like any other.
+        self._fast = tokenizer.backend_tokenizer
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._fast.encode_special_tokens = True
+        description = f"{self._fast.to_str()} {self.end_of_text}"
+        self.fingerprint = hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int64) for one in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = [i for i in map(int, ids) if i != self.end_of_text]
+        text: str = self._fast.decode(kept, skip_special_tokens=False)
+        return text
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
+    """A tokenizer by its name on the hub, or from a folder that `save` wrote.
+
+    Raises:
+        ConnectionError: for a name, if the hub is out of reach and its cache does not hold it.
+        ValueError: if there is no such tokenizer, or not one that `tokenizers` runs.
+    """
+    config = Path(name, "tokenizer_config.json")
+    if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") == "bytes":
+        return ByteTokenizer()
+    from transformers import AutoTokenizer
+
+    def load() -> Any:
+        return AutoTokenizer.from_pretrained(name)
+
+    try:
+        if Path(name).exists():
+            tokenizer = load()
+        else:
+            tokenizer = from_hub(load, f"tokenizer {str(name)!r}", "bytes, bpe or a local folder")
+    except ConnectionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer: expected bytes, bpe, bpe:SIZE, a name on the Hugging Face hub or a folder "
+            f"with a saved tokenizer, got {str(name)!r}: {error}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer: {str(name)!r} has no tokenizer.json that the library tokenizers can run; "
+            "convert it, or use bytes, bpe or another one"
+        )
+    return HuggingFaceTokenizer(tokenizer)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int = BPE_VOCAB_SIZE) -> HuggingFaceTokenizer:
+    """A byte-level BPE learnt from texts; any text can be encoded, and decodes to itself."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(texts, trainer)
+    return HuggingFaceTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END_OF_TEXT)
+    )
+
+
+def check_tokenizer(name: str) -> None:
+    """Whether there can be such a tokenizer, before any data is touched.
+
+    Raises:
+        ValueError: for a misspelt `bytes` or `bpe`, or a BPE of an impossible size.
+    """
+    if Path(name).exists() and name:
+        return
+    kind, colon, size = name.partition(":")
+    near = difflib.get_close_matches(kind, ("bytes", "bpe"), n=1)
+    if kind == "bpe":
+        fits = not colon or (size.isdecimal() and int(size) >= SMALLEST_BPE)
+    else:
+        fits = bool(name) and (name == "bytes" or not near)
+    if not fits:
+        raise ValueError(
+            f"tokenizer: expected bytes, bpe, bpe:SIZE with a size of at least {SMALLEST_BPE}, or "
+            f"the name or folder of one of Hugging Face's, got {name!r}"
+        )
+
+
+def bpe_vocab_size(name: str) -> int | None:
+    """The size that `bpe` or `bpe:SIZE` asks for, None for another tokenizer."""
+    kind, _, size = name.partition(":")
+    return None if kind != "bpe" else int(size or BPE_VOCAB_SIZE)
