@@ -1,63 +1,60 @@
-"""What is measured: every layer of the registry beside torch's own full causal attention."""
+"""What all benchmarks share: the shape of a run, cases, and the passes through them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from longctx_layers import LAYERS, build_layer
-from longctx_layers.layers import layer_options
-
-SDPA = "torch SDPA"
 LOCAL_OPTIONS = ("window_size", "chunk_size")
 
 
-class FullAttention(nn.Module):
-    """Full causal attention as a user of plain torch would write it."""
+class Shape(NamedTuple):
+    """Of all contenders in one run: width, heads, and the size of windows and chunks."""
 
-    def __init__(self, d_model: int, n_heads: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        q, k, v = (
-            z.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, -1)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2)), None
+    d_model: int = 768
+    n_heads: int = 12
+    local: int = 128
 
 
-def contenders(d_model: int, n_heads: int, local: int) -> dict[str, nn.Module]:
-    """torch's attention and every layer, with windows and chunks of `local` tokens."""
-    found: dict[str, nn.Module] = {SDPA: FullAttention(d_model, n_heads)}
-    for name in LAYERS:
-        options = {key: local for key in LOCAL_OPTIONS if key in layer_options(name)}
-        found[name] = build_layer(name, d_model, n_heads, **options)
-    return found
+class Case(NamedTuple):
+    """One computation, ready to run.
+
+    Attributes:
+        call: returns the outputs.
+        leaves: the tensors whose gradients the backward pass computes.
+        upstream: the gradients of the outputs.
+    """
+
+    call: Callable[[], tuple[Tensor, ...]]
+    leaves: tuple[Tensor, ...]
+    upstream: tuple[Tensor, ...]
 
 
-def forward(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """One pass without gradients."""
+def forward(case: Case, bf16: bool = False) -> Callable[[], Any]:
+    """One pass without gradients, under autocast to bfloat16 if asked."""
 
-    def run() -> None:
-        with torch.no_grad():
-            layer(x)
+    def run() -> Any:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return case.call()
 
     return run
 
 
-def forward_backward(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """One pass and the gradients of x and of all parameters."""
+def forward_backward(case: Case, bf16: bool = False) -> Callable[[], Any]:
+    """One pass and the gradients of all leaves."""
 
     def run() -> None:
-        for tensor in (x, *layer.parameters()):
+        for tensor in case.leaves:
             tensor.grad = None
-        layer(x)[0].sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = case.call()
+        upstream = [g.to(y.dtype) for g, y in zip(case.upstream, outputs, strict=True)]
+        torch.autograd.backward(outputs, upstream)
 
     return run
+
+
+RUNS = {"forward": forward, "forward+backward": forward_backward}

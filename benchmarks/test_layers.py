@@ -1,30 +1,40 @@
-"""`make bench`: forward, forward with backward, and decode of every layer, by length."""
+"""`make bench`: layers and operations by length; forward, forward with backward, and decode."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from common import SDPA, contenders, forward, forward_backward
+from common import RUNS, Shape, forward
+from contenders import FLOOR, case, decode
+from operations import OPERATIONS, operation_case
+from peers import SDPA
 
+from longctx_layers import LAYERS
+
+SHAPE = Shape(d_model=256, n_heads=4)
 LENGTHS = (1024, 4096)
-NAMES = list(contenders(48, 4, 16))
+NAMES = [SDPA, *LAYERS, *(FLOOR + name for name in LAYERS), *OPERATIONS]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("run", [forward, forward_backward])
-def test_layer(benchmark, run, name, length):
-    layer = contenders(256, 4, 128)[name]
-    x = torch.randn(1, length, 256, requires_grad=True)
-    benchmark.group = f"{run.__name__} at {length}"
-    benchmark.pedantic(run(layer, x), rounds=5, warmup_rounds=1)
+@pytest.mark.parametrize("run", RUNS)
+def test_pass(benchmark, run, name, length):
+    kind = "operations" if name in OPERATIONS else "layers"
+    benchmark.group = f"{kind}, {run} at {length}"
+    benchmark.pedantic(RUNS[run](case(name, SHAPE, length)), rounds=5, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != SDPA])
-def test_decode(benchmark, name):
-    layer = contenders(256, 4, 128)[name]
-    with torch.no_grad():
-        _, state = layer(torch.randn(1, 4096, 256))
-        token = torch.randn(1, 1, 256)
-        benchmark.group = "one token after 4096"
-        benchmark.pedantic(lambda: layer(token, state), rounds=50, warmup_rounds=5)
+@pytest.mark.parametrize("context", LENGTHS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_decode_of_layers(benchmark, name, context):
+    benchmark.group = f"layers, one token after {context}"
+    run, benchmark.extra_info["state_bytes"] = decode(name, SHAPE, context)
+    benchmark.pedantic(run, rounds=50, warmup_rounds=5)
+
+
+@pytest.mark.parametrize("context", LENGTHS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_decode_of_operations(benchmark, name, context):
+    benchmark.group = f"operations, one token after {context}"
+    run = forward(operation_case(name, SHAPE, 1, cached=context))
+    benchmark.pedantic(run, rounds=50, warmup_rounds=5)
