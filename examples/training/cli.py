@@ -26,6 +26,8 @@ SILENCED = (
     r".*does not have many workers.*",
     r".*smaller than the logging interval.*",
     r".*The `srun` command is available.*",
+    r".*It is recommended to use `self.log\('val_.*",  # their sums are over all ranks already
+    r".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing here works in place
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
 )
 
@@ -39,7 +41,7 @@ class Parser(LightningArgumentParser):
         for flag in unknown:
             group = flag.rpartition(".")[0]
             flags = [f"--{a.dest}" for a in self._actions if a.dest.rpartition(".")[0] == group]
-            near = difflib.get_close_matches(f"--{flag}", flags, n=3)
+            near = difflib.get_close_matches(f"--{flag}", flags, n=2, cutoff=0.75)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             message += f"{hint} Valid: {' '.join(flags)}"
         sys.stderr.write(f"error: {message}\n")

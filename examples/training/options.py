@@ -38,7 +38,11 @@ def block_options(
     accepted = {name: [o for o in given if o in layer_options(name)] for name in names}
     stray = sorted(set(given).difference(*accepted.values()))
     if stray:
-        valid = {name: layer_options(name) for name in dict.fromkeys(names)}
+        hidden = ("device", "dtype")
+        valid = {
+            name: [o for o in layer_options(name) if o not in hidden]
+            for name in dict.fromkeys(names)
+        }
         lists = "; ".join(f"{name} has {options}" for name, options in valid.items())
         raise ValueError(f"{', '.join(stray)}: no option of {', '.join(valid)}: {lists}")
     return {
