@@ -67,9 +67,12 @@ class Checkpoints(ModelCheckpoint):
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle the folder."""
+        """Settle the folder, and remove what a killed run has left half-written."""
         self.dirpath = os.path.join(trainer.default_root_dir, FOLDER)
         super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero:
+            for partial in Path(self.dirpath).glob(".*.ckpt.*"):
+                partial.unlink()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the last one, unless it is there."""

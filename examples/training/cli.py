@@ -49,7 +49,13 @@ class Parser(LightningArgumentParser):
 
 
 class CLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` of a language model on long documents."""
+    """`fit` and `validate` of a language model on long documents."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's methods that are commands, and their arguments that are no flags."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the trainer's defaults, and add the checkpoints' flags."""

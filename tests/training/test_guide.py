@@ -1,0 +1,144 @@
+"""Every command of the training guide: parsed and checked as written, and run, only smaller."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from guide_commands import FITS, FLAGS, OTHERS
+from guide_table import shrunk
+from program import ROOT, SMALL, check, finish, fit, local_wikitext, merged, scalars, start
+
+ON_GPU = torch.cuda.is_available()
+DISTINCT = list(dict.fromkeys(shrunk(one.flags) for one in FITS))
+# One of each block, and the debug mode; the guide's first command stands for its dataset too.
+FAST = [DISTINCT[0], *(DISTINCT[i] for i in (3, 6, 9, 12)), shrunk(FITS[16].flags)]
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path/to/data").mkdir(parents=True)
+    (tmp_path / "path/to/data/text.txt").write_text("a word and another. " * 300)
+
+
+@pytest.mark.parametrize("command", FITS, ids=lambda one: " ".join(one.flags[:2]))
+def test_command_is_accepted_as_written(command, capsys):
+    flags = [f for f in command.flags if f != "--trainer.accelerator=gpu" or ON_GPU]
+    cli = check(*flags)
+    options = cli.model.hparams
+    given = dict(f.removeprefix("--model.").split("=") for f in flags if f.startswith("--model."))
+    assert {name: str(options[name]) for name in given} == given
+    steps = 1 if cli.trainer.fast_dev_run else re.search(r"max_steps=(\d+)", " ".join(flags))[1]
+    assert cli.trainer.max_steps == int(steps)
+    assert f"seq_len={cli.datamodule.seq_len}" in " ".join(flags)
+    if flags != list(command.flags):  # here, the whole command ends with a clear error
+        with pytest.raises(SystemExit):
+            check(*command.flags)
+        assert "--trainer.accelerator=gpu: torch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", FLAGS, ids=lambda one: " ".join(one.flags))
+def test_flags_are_accepted_as_written(extra, capsys):
+    if "deepspeed" in extra.flags[0] and not (find_spec("deepspeed") and ON_GPU):
+        with pytest.raises(SystemExit):
+            check(*extra.flags)
+        assert "deepspeed" in capsys.readouterr().err
+    else:
+        check(*extra.flags)
+
+
+@pytest.mark.parametrize("flags", FAST, ids=" ".join)
+def test_distinct_command_runs(flags, tmp_path):
+    runs_and_learns(flags, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [f for f in DISTINCT if f not in FAST], ids=" ".join)
+def test_every_distinct_command_runs(flags, tmp_path):
+    runs_and_learns(flags, tmp_path)
+
+
+def runs_and_learns(flags, tmp_path):
+    local_wikitext(tmp_path)
+    cli = fit(*merged(*SMALL[5:], *flags))
+    (root,) = {cli.trainer.default_root_dir}
+    if cli.trainer.fast_dev_run:
+        assert cli.trainer.global_step == 1
+        return
+    losses = scalars(tmp_path / root)
+    assert list(losses) == [1, 2]
+    assert losses[2] < losses[1]
+    assert list((tmp_path / root / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", FLAGS, ids=lambda one: " ".join(one.flags))
+def test_flags_run(extra, tmp_path):
+    local_wikitext(tmp_path)
+    flags = merged(*SMALL, *(shrunk(extra.flags)))
+    if "deepspeed" in extra.flags[0]:
+        pytest.skip("needs the extra and a GPU; test_flags_are_accepted_as_written has the error")
+    if extra.flags == ("--trainer.devices=2",):
+        finish(start(*flags, cwd=tmp_path))
+    else:
+        fit(*flags)
+    assert scalars(tmp_path / "logs")[2] > 0
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda one: one.command.strip()[:60])
+def test_other_command_is_as_described(other, tmp_path):
+    if other.kind == "python":
+        done = subprocess.run([sys.executable, "-c", other.command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "parameters" in other.command:
+            count = int(done.stdout.split()[-1].replace(",", ""))
+            assert abs(count - 150e6) < 1.5e6
+        if "Output shape" in other.command:
+            assert "[2, 64, 1000]" in done.stdout
+    elif other.kind == "make":
+        target = other.command.split()[1]
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif other.kind == "file":
+        assert os.access(ROOT / other.command, os.X_OK)
+    elif other.kind == "later":
+        program = other.command.partition(" --")[0].split()[-1]
+        assert not (ROOT / program).exists(), "it is there: list what happens with it"
+    else:
+        assert other.kind in ("system", "help")  # `help` is in test_cli.py
+
+
+def test_evaluation_pipeline_says_what_is_missing():
+    script = ROOT / "examples/evaluate_all_models.sh"
+    done = subprocess.run([script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "examples/evaluate.py is not there" in done.stderr
+
+
+def test_training_pipeline_runs_the_listed_commands(tmp_path):
+    # An interpreter that prints its arguments stands in for Python.
+    printer = tmp_path / "printer"
+    printer.write_text('#!/bin/bash\necho "$@"\n')
+    printer.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "examples/train_all_models.sh"],
+        env={**os.environ, "PYTHON": str(printer)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ran = [line.split() for line in done.stdout.splitlines() if line.startswith("examples/")]
+    listed = [one.flags for one in FITS if one.section == "train_all_models.sh"]
+    assert ran == [["examples/train.py", "fit", *flags, "--ckpt_path=last"] for flags in listed]
+
+
+def test_committed_table_lists_every_command():
+    from guide_table import BEGIN, END, rows
+
+    page = (ROOT / "docs/training.md").read_text()
+    table = page.partition(BEGIN)[2].partition(END)[0]
+    commands = [row.split(" | ")[1] for row in table.strip().splitlines()[2:]]
+    assert commands == [command for _, command in rows()]
