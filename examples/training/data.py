@@ -6,10 +6,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 
 from training import sources
@@ -24,7 +26,8 @@ from training.loader import (
 )
 from training.packing import Batch, Epoch, Shape
 from training.split import is_held_out, split
-from training.store import LAYOUT, content_key, prepare
+from training.store import LAYOUT, content_key, in_memory, prepare
+from training.streaming import StreamedLoader, StreamedRows, of_all_processes
 from training.tokenization import (
     ByteTokenizer,
     Tokenizer,
@@ -154,14 +157,36 @@ class LongContextData(lightning.LightningDataModule):
         )
         tokenizer = self._make_tokenizer(source)
         self._content = content_key(str(LAYOUT), source.fingerprint, tokenizer.fingerprint)
-        self.store = prepare(
-            self.cache_dir / f"tokens-{self._content}",
-            sources.texts(source.training),
-            sources.texts(source.validation),
-            tokenizer,
-        )
-        self.training, self.validation = split(self.store, self.seed, self.validation_fraction)
+        if self.streaming:
+            self._source = source.training
+            self.store = in_memory(self._held_out_of_stream(source), tokenizer)
+            self.training, self.validation = np.arange(0), np.arange(len(self.store))
+        else:
+            self.store = prepare(
+                self.cache_dir / f"tokens-{self._content}",
+                sources.texts(source.training),
+                sources.texts(source.validation),
+                tokenizer,
+            )
+            self.training, self.validation = split(self.store, self.seed, self.validation_fraction)
         self._tokenizer = tokenizer
+
+    def _held_out_of_stream(self, source: sources.Source) -> list[str]:
+        """The first documents of the validation split; the rest of it is trained on."""
+        own = source.validation is not None
+        texts = filter(None, sources.texts(source.validation if own else source.training))
+        if not own:
+            if not self.validation_fraction:
+                return []
+            fraction = self.validation_fraction
+            texts = (text for text in texts if is_held_out(text, self.seed, fraction))
+        found = list(islice(texts, self.validation_documents))
+        if not found:
+            raise ValueError(
+                "validation_fraction: no document of the stream falls into the validation split; "
+                f"pass more than {self.validation_fraction}, or 0"
+            )
+        return found
 
     def _make_tokenizer(self, source: sources.Source) -> Tokenizer:
         if self.tokenizer_name == "bytes":
@@ -197,12 +222,17 @@ class LongContextData(lightning.LightningDataModule):
 
     def describe(self) -> str:
         """One line: what there is to train on and what is held out."""
-        parts = [
-            f"{len(documents):,} documents with {self.store.lengths(documents).sum():,} tokens "
+        training, validation = [
+            f"{len(documents):,} documents with {self.store.lengths(documents).sum():,} tokens"
             for documents in (self.training, self.validation)
         ]
+        if self.streaming:
+            training = "a stream"
+        elif len(self.training) + len(self.validation) < len(self.store):
+            left_out = len(self.store) - len(self.training) - len(self.validation)
+            training += f" (and not {left_out:,} that the validation split has too)"
         return (
-            f"{self.dataset_name}: {parts[0]}to train on, {parts[1]}held out; tokenizer "
+            f"{self.dataset_name}: {training} to train on, {validation} held out; tokenizer "
             f"{self.tokenizer_name}, {self.vocab_size:,} ids"
         )
 
@@ -224,6 +254,10 @@ class LongContextData(lightning.LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         shape = self._shape()
         self._check_resumption(shape)
+        if self.streaming:
+            held_out = {int(one) for one in self.store.digests}
+            rows = StreamedRows(self._source, held_out, self.tokenizer, shape, self.seed)
+            return StreamedLoader(self, rows, **{**self._workers(), "persistent_workers": False})
         epoch = partial(
             Epoch, self.store, self.training, shape, seed=self.seed, carry_state=self.carry_state
         )
@@ -253,11 +287,14 @@ class LongContextData(lightning.LightningDataModule):
             "validation_fraction": self.validation_fraction,
             "seed": self.seed,
             "carry_state": self.carry_state,
+            "streaming": self.streaming,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Which batch of which epoch comes next, and of which data."""
-        return {**self.progress.position._asdict(), "order": self._order(self._shape())}
+        shape = self._shape()
+        position = of_all_processes(self.progress.position, shape.world_size)
+        return {**position._asdict(), "order": self._order(shape)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The next `train_dataloader` starts with the batch that the state says comes next."""
