@@ -84,6 +84,8 @@ def slopes(args: argparse.Namespace) -> Iterator[Row]:
             detail = ", ".join(f"{value:.3g}" for value in seconds) + " s"
             what = f"{name}, slope of time, {run}, {span}"
             yield Row(what, slope(lengths, seconds), "", at_most=1.08, detail=detail)
+            if args.no_memory:
+                continue
             peaks = [peak_bytes(passes, name, run, length, shape_of(args)) for length in lengths]
             detail = ", ".join(f"{value / 2**20:,.0f}" for value in peaks) + " MiB"
             what = f"{name}, slope of memory, {run}, {span}"

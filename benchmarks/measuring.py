@@ -110,6 +110,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="no further round after so many, from the third"
     )
+    parser.add_argument("--no-memory", action="store_true", help="time alone, which is faster")
     parser.add_argument("--output", type=Path, default=Path("reports/bench"))
 
 

@@ -125,7 +125,7 @@ def training(args: argparse.Namespace) -> Iterator[Row]:
             "tokens/s",
             detail=f"{timing.median:.4g} s a step",
         )
-        peak = peak_bytes(training_passes, args, block)
+        peak = None if args.no_memory else peak_bytes(training_passes, args, block)
         if peak is not None:
             detail = "over weights, gradients and AdamW's state"
             yield Row(f"{block}, peak of a step", peak / 2**20, "MiB", detail=detail)

@@ -50,7 +50,7 @@ def measure(kind: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             times = interleave(calls, rounds=args.rounds, seconds=args.seconds)
             for name, timing in times.items():
                 row = {"name": name, "run": run, "length": length, **timing._asdict()}
-                if name not in floors:
+                if name not in floors and not args.no_memory:
                     row["peak_bytes"] = peak_bytes(passes, name, run, length, shape)
                 yield row
         calls, states = {}, {}
@@ -100,7 +100,7 @@ def _cell(row: dict[str, Any], times: dict[tuple[str, str, int], float]) -> str:
     under = times.get((FLOOR + row["name"], row["run"], row["length"]))
     if under:
         parts.append(f"{row['median'] / under:.2f} x")
-    if row["peak_bytes"] is not None:
+    if row.get("peak_bytes"):
         parts.append(f"{row['peak_bytes'] / 2**20:,.0f} MiB")
     return ", ".join(parts)
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         (args.output / f"{kind}.json").write_text(json.dumps(written, indent=1) + "\n")
         page = tables(rows, kind.capitalize())
         (args.output / f"{kind}.md").write_text(page)
-        for what in ("time", "memory"):
+        for what in ("time",) if args.no_memory else ("time", "memory"):
             draw(rows, what, args.output / f"{kind}_{what}.png")
         print(page)
 
