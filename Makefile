@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-slow lint bench kernels gpu-check clean
+.PHONY: help setup demo test test-slow lint bench bench-peers kernels gpu-check clean
 
 help:
 	@echo "make setup      make .venv with the library (editable) and all development tools"
@@ -12,7 +12,8 @@ help:
 	@echo "make test       the fast tests, in parallel"
 	@echo "make test-slow  all tests, with many more examples a property"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      the benchmarks"
+	@echo "make bench      every layer and operation: forward, forward with backward, decode"
+	@echo "make bench-peers  installs other libraries from PyPI; a table of them beside ours in reports/bench"
 	@echo "make kernels    docs/kernels.md and the baseline of the kernels' hot loops, written anew"
 	@echo "make gpu-check  on a GPU: the kernels' tests, then a table of milliseconds beside other libraries"
 	@echo "make clean      remove .venv, builds and caches"
@@ -69,6 +70,10 @@ lint: $(BIN)/pytest
 
 bench: $(BIN)/pytest
 	$(BIN)/pytest benchmarks --benchmark-only
+
+bench-peers: $(BIN)/pytest
+	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/peers_table.py
 
 kernels: $(BIN)/pytest
 	$(BIN)/python tests/kernels/table.py

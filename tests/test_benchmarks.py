@@ -72,7 +72,10 @@ def test_decode_of_operations_is_one_token(name):
     assert y.shape == x.shape
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+COMPILES = [pytest.param(peers.FLEX, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", [*(n for n in peers.PEERS if n != peers.FLEX), *COMPILES])
 def test_peer_equals_ours(name):
     if reason := peers.PEERS[name].missing:
         pytest.skip(reason)
