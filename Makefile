@@ -3,12 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-slow lint bench bench-peers kernels gpu-check clean
+.PHONY: help setup demo compare test test-slow lint bench bench-peers kernels gpu-check clean
 
 help:
 	@echo "make setup      make .venv with the library (editable) and all development tools"
 	@echo "                PYTHON=/path/to/python: from that interpreter; a torch it has is used, not replaced"
 	@echo "make demo       run examples/demo.py"
+	@echo "make compare    train all blocks at one size on real text, and compare them: half an hour"
 	@echo "make test       the fast tests, in parallel"
 	@echo "make test-slow  all tests, with many more examples a property"
 	@echo "make lint       ruff and mypy"
@@ -55,6 +56,9 @@ $(BIN)/pytest:
 
 demo: $(BIN)/pytest
 	$(BIN)/python examples/demo.py
+
+compare: $(BIN)/pytest
+	$(BIN)/python examples/compare.py
 
 # loadgroup: tests that share something costly to build name a group and run in one process.
 test: $(BIN)/pytest

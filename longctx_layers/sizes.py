@@ -27,6 +27,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(1_000_000, 128, 4, 4),
+    "3m": Size(3_000_000, 192, 6, 6),
     "150m": Size(150_000_000, 768, 12, 12),
     "250m": Size(250_000_000, 1024, 16, 16),
     "350m": Size(350_000_000, 1280, 20, 20),
@@ -55,7 +56,8 @@ def create_model(
 
     Args:
         vocab_size: number of token ids.
-        num_params: `"tiny"` (1 M, for tests and toys), `"150m"`, `"250m"` or `"350m"`.
+        num_params: `"tiny"` (1 M, for tests and toys), `"3m"` (for trials on a CPU), `"150m"`,
+            `"250m"` or `"350m"`.
         block_type: the name in `LAYERS` of every block's layer; `"dpassm"` by default.
         block_kwargs: options of the layer; with a pattern of several names, options by name,
             `{"dpassm": {"window_size": 128}}`.

@@ -37,7 +37,7 @@ class LanguageModel(L.LightningModule):
     """A causal language model over any of the layers.
 
     Args:
-        num_params: Size of the model: tiny (1 M, for trials), 150m, 250m or 350m. The feed-forward
+        num_params: Size of the model: tiny (1 M), 3m, 150m, 250m or 350m. The feed-forward
             width is solved for, so that every block has this number of parameters within 1 %.
         block: Every layer: dpassm (the default), blade, baseline_longformer, baseline_bigbird,
             vanilla or window.
@@ -110,10 +110,12 @@ class LanguageModel(L.LightningModule):
                 between(name, self.hparams[name], 0)
         between("final_learning_rate", final_learning_rate, 0, 1)
         between("dropout", dropout, 0, math.nextafter(1, 0))
-        for name in ("length_curriculum", "window_curriculum"):
-            check_schedule(name, self.hparams[name])
+        check_schedule("length_curriculum", length_curriculum)
+        check_schedule("window_curriculum", window_curriculum)
         if length_curriculum is not None and mixed_lengths is not None:
             raise ValueError("length_curriculum, mixed_lengths: expected one of them, got both")
+        # Not from hparams, where the steps have become strings.
+        self.lengths, self.window_sizes = length_curriculum, window_curriculum
         self.model: LongContextLM | None = None
         self.windows: WindowCurriculum | None = None
         self.seed = torch.initial_seed()
@@ -157,8 +159,8 @@ class LanguageModel(L.LightningModule):
             dropout=self.hparams.dropout,
             gradient_checkpointing=self.hparams.gradient_checkpointing,
         )
-        if self.hparams.window_curriculum:
-            self.windows = WindowCurriculum(self.model, self.hparams.window_curriculum)
+        if self.window_sizes is not None:
+            self.windows = WindowCurriculum(self.model, self.window_sizes)
         if self.hparams.compile:
             for block in self.model.blocks:
                 block.compile()  # in place: names of parameters stay as they are
@@ -214,11 +216,11 @@ class LanguageModel(L.LightningModule):
         Not by the number of its labels, which differs between ranks and accumulated batches: so
         that every label of the whole step has the same weight.
         """
-        step, options = self.global_step, self.hparams
-        if options.length_curriculum:
-            batch = fold(batch, stage(options.length_curriculum, step))
-        elif options.mixed_lengths:
-            batch = fold(batch, drawn_length(options.mixed_lengths, self.seed, step))
+        step, mixed = self.global_step, self.hparams.mixed_lengths
+        if self.lengths is not None:
+            batch = fold(batch, stage(self.lengths, step))
+        elif mixed is not None:
+            batch = fold(batch, drawn_length(mixed, self.seed, step))
         carries = self.trainer.datamodule.carry_state
         state = None
         if carries and self.carried is not None:

@@ -79,10 +79,13 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def scalars(root: Path, name: str = "train_loss") -> dict[int, float]:
-    """A scalar of all runs in a folder by step, from TensorBoard's files; later runs win."""
+def scalars(root: Path, name: str = "train_loss", version: int | str = "*") -> dict[int, float]:
+    """A scalar by step from TensorBoard's files: of all runs in a folder, of which later ones win,
+    or of one.
+    """
     found: dict[int, float] = {}
-    versions = sorted(root.glob("lightning_logs/version_*"), key=lambda p: int(p.name[8:]))
+    versions = root.glob(f"lightning_logs/version_{version}")
+    versions = sorted(versions, key=lambda p: int(p.name[8:]))
     for version in versions:
         events = EventAccumulator(str(version))
         events.Reload()

@@ -1,0 +1,216 @@
+"""Train every block at the same size, on the same text and steps, and compare what they learnt.
+
+    make compare        (or: python examples/compare.py --help)
+
+Each block is trained by examples/train.py in a process of its own, then measured on files that it
+never saw: the same tokens once in pieces of the training length, and once in sequences of 8 times
+that length. An interrupted comparison goes on where it stopped: a block that is done is not trained
+again, and one that is not goes on from its last checkpoint. Flags that are not this program's go to
+examples/train.py: `--trainer.precision=bf16-mixed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from compare_report import BLOCKS, draw_lengths, draw_losses, draw_positions, page
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from training.checkpoints import newest_checkpoint, read_checkpoint
+from training.data import LongContextData
+
+from longctx_layers import LongContextLM
+
+LONGER = 8
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
+    parser.add_argument("--num-params", default="3m")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=512, help="in training")
+    parser.add_argument("--window-size", type=int, default=16, help="a chunk is twice as long")
+    parser.add_argument("--state-dim", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--documents", type=int, default=32, help="to measure on")
+    parser.add_argument("--dataset-name", default="stdlib")
+    parser.add_argument("--dataset-config", help="for --dataset-name=local, a path")
+    parser.add_argument("--logs", type=Path, default=Path("logs/compare"))
+    parser.add_argument("--output-dir", type=Path, default=Path("reports/compare"))
+    args, further = parser.parse_known_args(argv)
+    wrong = [flag for flag in further if not flag.startswith(("--model.", "--data.", "--trainer."))]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}; see --help")
+    return args, further
+
+
+def options(block: str, args: argparse.Namespace) -> dict[str, int]:
+    """The block's own options: a query sees about as many near keys in a chunk as in a window."""
+    if block == "vanilla":
+        return {}
+    if block == "blade":
+        return {"chunk_size": 2 * args.window_size, "state_dim": args.state_dim}
+    state = {"ssm_state_dim": args.state_dim} if block == "dpassm" else {}
+    return {"window_size": args.window_size, **state}
+
+
+def flags(block: str, args: argparse.Namespace, further: list[str]) -> list[str]:
+    """Those of examples/train.py."""
+    given = {
+        "model.num_params": args.num_params,
+        "model.block": block,
+        **{f"model.{name}": value for name, value in options(block, args).items()},
+        "model.learning_rate": args.learning_rate,
+        "data.dataset_name": args.dataset_name,
+        "data.dataset_config": args.dataset_config,
+        "data.seq_len": args.seq_len,
+        "data.batch_size": args.batch_size,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": args.steps,
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": False,
+    }
+    return [f"--{name}={value}" for name, value in given.items() if value is not None] + further
+
+
+def train(command: list[str], root: Path) -> Path:
+    """Train a block, or go on with it; returns its last checkpoint."""
+    program = [sys.executable, str(Path(__file__).parent / "train.py"), "fit", *command]
+    program += [f"--trainer.default_root_dir={root}", "--checkpoint.every_n_steps=50"]
+    subprocess.run([*program, "--checkpoint.keep=1", "--ckpt_path=last"], check=True)
+    checkpoint = newest_checkpoint(root)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def scalars(root: Path, name: str) -> dict[int, float]:
+    """A scalar by step, of all the runs that made one training."""
+    found: dict[int, float] = {}
+    runs = sorted(root.glob("lightning_logs/version_*"), key=lambda p: int(p.name[8:]))
+    for version in runs:
+        events = EventAccumulator(str(version), size_guidance={"scalars": 0}).Reload()
+        if name in events.Tags()["scalars"]:
+            found |= {event.step: event.value for event in events.Scalars(name)}
+    return found
+
+
+def stretches(args: argparse.Namespace, further: list[str]) -> Tensor:
+    """`[n, 8 T + 1]` ids: the beginning of each held-out document that is long enough."""
+    given = dict(f.removeprefix("--data.").split("=", 1) for f in further if "--data." in f)
+    data = LongContextData(
+        args.dataset_name,
+        args.dataset_config,
+        tokenizer=given.get("tokenizer", "bytes"),
+        cache_dir=given.get("cache_dir"),
+    )
+    data.setup("fit")
+    length = LONGER * args.seq_len + 1
+    documents = (data.store.document(number) for number in data.validation)
+    found = [torch.from_numpy(d[:length].astype("int64")) for d in documents if len(d) >= length]
+    if len(found) < 2:
+        raise SystemExit(
+            f"error: expected at least 2 held-out documents of {length} tokens, got {len(found)}; "
+            "choose a smaller --seq-len or longer documents"
+        )
+    return torch.stack(found[: args.documents])
+
+
+@torch.no_grad()
+def token_losses(model: LongContextLM, ids: Tensor, length: int) -> Tensor:
+    """Loss of each token `[n, 8 T]` in nats, read in sequences of `length` that begin anew."""
+    x, y = (z.reshape(-1, length) for z in (ids[:, :-1], ids[:, 1:]))
+    at_once = max(1, 8192 // length)
+    pairs = zip(x.split(at_once), y.split(at_once), strict=True)
+    losses = [model.loss(a, b, reduction="none") for a, b in pairs]
+    return torch.cat(losses).view(len(ids), -1)
+
+
+def measure(checkpoint: Path, ids: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """What a trained block knows, and what its training cost."""
+    model, _ = read_checkpoint(checkpoint)
+    root = checkpoint.parents[1]
+    losses = {n: token_losses(model, ids, n) for n in (args.seq_len, LONGER * args.seq_len)}
+    counts = model.parameter_counts()
+    return {
+        "parameters": sum(counts.values()),
+        "mixer_parameters": counts["mixers"],
+        "ffn_dim": model.config.ffn_dim,
+        "train_loss": sorted(scalars(root, "train_loss").items()),
+        "tokens_per_second": statistics.median(scalars(root, "tokens_per_second").values()),
+        "peak_memory_gib": max(scalars(root, "peak_memory_gib").values()),
+        "validation": {
+            str(n): {
+                "loss": x.mean().item(),
+                "perplexity": math.exp(x.mean().item()),
+                "by_document": x.mean(1).tolist(),
+                "by_position": x.view(-1, n).mean(0).tolist(),
+            }
+            for n, x in losses.items()
+        },
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args, further = parse(argv)
+    ids = stretches(args, further)
+    results = {}
+    for block in args.blocks:
+        command = flags(block, args, further)
+        # Other settings are another training: nothing is gone on with by mistake.
+        key = hashlib.blake2b(f"{command} {len(ids)}".encode(), digest_size=4).hexdigest()
+        root = args.logs / f"{block}-{key}"
+        done = root / "result.json"
+        if not done.is_file():
+            write(done, json.dumps(measure(train(command, root), ids, args)))
+        results[block] = json.loads(done.read_text())
+        found = {n: round(v["perplexity"], 3) for n, v in results[block]["validation"].items()}
+        print(f"{block}: perplexity by length {found}", flush=True)
+    given = sys.argv[1:] if argv is None else argv
+    metrics = {
+        "command": " ".join(
+            ["python examples/compare.py", *(sys.argv[1:] if argv is None else argv)]
+        ),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "measured_on": {"documents": ids.shape[0], "tokens": ids[:, 1:].numel()},
+        "blocks": results,
+    }
+    write(args.output_dir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    for name, draw in (
+        ("loss_curves", draw_losses),
+        ("loss_by_position", draw_positions),
+        ("lengths", draw_lengths),
+    ):
+        write(args.output_dir / f"{name}.png", draw(metrics))
+    report = page(metrics)
+    write(args.output_dir / "report.md", report)
+    print("\n" + report + f"\nWritten to {args.output_dir}/")
+    return metrics
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    main()
