@@ -1,4 +1,4 @@
-"""Packing: every token of every document exactly once, labels within documents, lanes that go on."""
+"""Packing: every token of every document once, labels within documents, lanes that go on."""
 
 from collections import Counter
 

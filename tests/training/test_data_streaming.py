@@ -2,18 +2,20 @@
 
 import copy
 import itertools
+import multiprocessing
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from training.loader import Progress
+from training.loader import Position, Progress
 from training.packing import IGNORED_LABEL, Shape
 from training.sources import from_generator
 from training.store import digest
-from training.streaming import StreamedLoader, StreamedRows, merged
+from training.streaming import StreamedLoader, StreamedRows, merged, of_all_processes
 from training.tokenization import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -126,6 +128,39 @@ def test_ranks_share_the_batches_of_one_process():
         batch=2, stream={name: state[name] for name in ("anchor", "lanes")}
     )
     same(alone[2:], list(resumed))
+
+
+def _share(rank, place, documents, folder):
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    progress = Progress()
+    positions, batches = [], []
+    for batch in loader(documents, Shape(2, 4, rank, 2), progress):
+        batches.append(batch)
+        positions.append(of_all_processes(progress.position, 2)._asdict())
+    torch.save((batches, positions), folder / f"{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_end_together_and_save_the_same(tmp_path):
+    documents = numbered([5, 3, 40, 2, 9, 4, 7, 7, 1, 12])  # one lane is far longer
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_share, args=(rank, tmp_path / "place", documents, tmp_path))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    shares = [torch.load(tmp_path / f"{rank}", weights_only=True) for rank in range(2)]
+    batches = [
+        {name: torch.cat([one[name], other[name]]) for name in one}
+        for one, other in zip(shares[0][0], shares[1][0], strict=True)
+    ]
+    same(list(loader(documents, Shape(4, 4))), batches)
+    assert shares[0][1] == shares[1][1]
+    resumed = loader(documents, Shape(4, 4), Progress(Position(**shares[0][1][3])))
+    same(batches[4:], list(resumed))
 
 
 def test_held_out_documents_do_not_come():
