@@ -182,9 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"{block}: perplexity by length {found}", flush=True)
     given = sys.argv[1:] if argv is None else argv
     metrics = {
-        "command": " ".join(
-            ["python examples/compare.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
+        "command": " ".join(["python examples/compare.py", *given]),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},

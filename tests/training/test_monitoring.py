@@ -1,0 +1,146 @@
+"""What one sees of a run, and that its numbers are right."""
+
+import math
+
+import pytest
+import torch
+from program import SMALL, fit, merged, scalars
+from torch.utils.flop_counter import FlopCounterMode
+from training.checkpoints import read_checkpoint
+from training.flops import forward_flops, keys_per_query, matmul_peak, training_flops
+from training.inspection import kept_activations, memory_statistics
+
+from longctx_layers import LAYERS, build_layer, create_model
+from longctx_layers.layers import layer_options
+from longctx_layers.ops import use_backend
+from longctx_layers.testing import MemoryMeter, small_model
+
+OPTIONS = {"window_size": 5, "chunk_size": 6, "ssm_state_dim": 4, "state_dim": 4}
+
+
+def options(block):
+    return {name: OPTIONS[name] for name in layer_options(block) if name in OPTIONS}
+
+
+def test_scalars_start_lines_and_plain_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli = fit(*SMALL, "--model.window_size=8", "--trainer.accumulate_grad_batches=2")
+    said = capsys.readouterr().out
+    loss, rates = scalars(tmp_path / "logs"), scalars(tmp_path / "logs", "learning_rate")
+    assert list(loss) == [1, 2]
+    perplexity = scalars(tmp_path / "logs", "train_perplexity")
+    assert perplexity == pytest.approx({s: math.exp(x) for s, x in loss.items()}, rel=1e-5)
+    assert rates[2] < rates[1] <= 1e-3
+    for name in ("gradient_norm", "tokens_per_second", "peak_memory_gib", "val_loss"):
+        assert min(scalars(tmp_path / "logs", name).values()) > 0, name
+    assert 0 < scalars(tmp_path / "logs", "model_flops_utilisation")[2] < 1
+    for layer in range(4):
+        assert 0 < scalars(tmp_path / "logs", f"gate/layer_{layer:02d}")[2] < 1
+        assert scalars(tmp_path / "logs", f"time_scale/layer_{layer:02d}")[2] > 1
+    model = cli.model.model
+    count = sum(p.numel() for p in model.parameters())
+    assert f"{count:,} parameters: embedding" in said
+    assert "tokens a step: 256 (2 rows of 64 x 2 accumulated)" in said
+    assert "memory, estimated: 0.0" in said
+    assert "backend of ssd: torch; triton needs a GPU" in said or torch.cuda.is_available()
+    assert f"step 2  loss {loss[2]:.4f}  lr " in said
+    assert "step 2  val_loss" in said
+
+
+def test_validation_loss_is_that_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [f for f in SMALL if "limit_val" not in f]
+    cli = fit(*merged(*flags, "--trainer.precision=64-true"))
+    model, _ = read_checkpoint("logs/checkpoints/step=00000002.ckpt")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for b in cli.datamodule.val_dataloader():
+            loss = model.loss(b["ids"], b["labels"], segment_ids=b["segment_ids"], reduction="sum")
+            total, count = total + loss.item(), count + (b["labels"] >= 0).sum().item()
+    assert scalars(tmp_path / "logs", "val_loss")[2] == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("block", LAYERS)
+def test_keys_per_query_are_those_that_change_a_query(block):
+    """Counted by which inputs of a layer's attention reach an output."""
+    if block == "baseline_bigbird":
+        given = {"window_size": 5, "n_random_tokens": 3, "n_global_tokens": 2}
+    else:
+        given = {**options(block)}
+    length = 40
+    layer = build_layer(block, 8, 2, **given, dtype=torch.float64)
+    if block == "dpassm":
+        layer = build_layer(block, 8, 2, window_size=5, ssm=None, dtype=torch.float64)
+    if block == "blade":
+        layer = build_layer(block, 8, 2, chunk_size=6, state_update=None, dtype=torch.float64)
+    x = torch.randn(1, length, 8, dtype=torch.float64, requires_grad=True)
+    with use_backend("reference"):
+        y, _ = layer(x)
+    seen = 0
+    for i in range(length):
+        (grad,) = torch.autograd.grad(y[0, i].sum(), x, retain_graph=True)
+        seen += int((grad[0].abs().sum(-1) > 0).sum())
+    counted = keys_per_query(layer, length) * length
+    # BigBird's heads draw different random keys, and early blocks have none: an upper bound.
+    if block == "baseline_bigbird":
+        assert counted == pytest.approx(seen, rel=0.35)
+    else:
+        assert counted == pytest.approx(seen, abs=length)
+
+
+def test_projections_are_counted_as_torch_counts_them():
+    model = small_model("window")
+    ids = torch.zeros(1, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    ours = forward_flops(model, 32) * 32
+    # torch counts the blocks of its matrix products whole, masked or not.
+    products = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert 32 * products < ours <= counter.get_total_flops()
+    assert training_flops(model, 32) == 3 * forward_flops(model, 32)
+
+
+def test_six_operations_a_parameter_and_token():
+    model = create_model(257, "tiny", "window", {"window_size": 1})
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    attention = 4 * 4 * 128  # layers, score and value, width
+    assert forward_flops(model, 1000) == pytest.approx(2 * weights + attention, rel=1e-3)
+
+
+def test_matmul_peak_is_a_speed():
+    assert 1e8 < matmul_peak(torch.device("cpu"), torch.float32, seconds=0.01) < 1e15
+
+
+@pytest.mark.parametrize("block", LAYERS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_estimated_activations_are_those_of_a_real_step(block, checkpointing):
+    model = create_model(64, "tiny", block, options(block), gradient_checkpointing=checkpointing)
+    ids = torch.zeros(1, 200, dtype=torch.int64)
+    meter = MemoryMeter()
+    with meter:
+        loss = model.loss(ids, ids)
+        kept = meter._live
+    del loss
+    estimate = kept_activations(model.config, 200, checkpointing=checkpointing)
+    assert estimate == pytest.approx(kept, rel=0.1)
+
+
+def test_memory_statistics_are_the_layers_own():
+    model = create_model(64, "tiny", "dpassm", {"window_size": 4, "ssm_state_dim": 4})
+    ids = torch.randint(0, 64, (2, 20))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.gate_proj.bias.fill_(math.log(3))  # sigmoid: 3/4
+            block.mixer.state_space.dt_proj.weight.zero_()
+    model.train()
+    found = memory_statistics(model, ids, None)
+    assert model.training
+    assert found["gate/layer_02"].item() == pytest.approx(0.75)
+    # Initialised from 16 to 16384 tokens, log-uniformly.
+    assert found["time_scale/layer_01"].item() == pytest.approx(512, rel=1e-3)
+    assert found["longest_time_scale/layer_01"].item() == pytest.approx(16384, rel=1e-3)
+    assert len(found) == 12
+    assert memory_statistics(create_model(64, "tiny", "vanilla"), ids, None) == {}
+    diagonal = create_model(64, "tiny", "dpassm", {"ssm": "diagonal"})
+    longest = memory_statistics(diagonal, ids, None)["longest_time_scale/layer_00"]
+    assert longest.item() == pytest.approx(4096, rel=1e-3)
