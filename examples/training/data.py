@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from training.loader import (
     ValidationLoader,
 )
 from training.packing import Batch, Epoch, Shape
-from training.split import is_held_out, split
-from training.store import LAYOUT, content_key, in_memory, prepare
+from training.split import held_out_of_stream, split, training_texts
+from training.store import LAYOUT, content_key, first_characters, in_memory, prepare
 from training.streaming import StreamedLoader, StreamedRows, of_all_processes
 from training.tokenization import (
     ByteTokenizer,
@@ -159,7 +157,10 @@ class LongContextData(lightning.LightningDataModule):
         self._content = content_key(str(LAYOUT), source.fingerprint, tokenizer.fingerprint)
         if self.streaming:
             self._source = source.training
-            self.store = in_memory(self._held_out_of_stream(source), tokenizer)
+            held_out = held_out_of_stream(
+                source, self.seed, self.validation_fraction, self.validation_documents
+            )
+            self.store = in_memory(held_out, tokenizer)
             self.training, self.validation = np.arange(0), np.arange(len(self.store))
         else:
             self.store = prepare(
@@ -171,23 +172,6 @@ class LongContextData(lightning.LightningDataModule):
             self.training, self.validation = split(self.store, self.seed, self.validation_fraction)
         self._tokenizer = tokenizer
 
-    def _held_out_of_stream(self, source: sources.Source) -> list[str]:
-        """The first documents of the validation split; the rest of it is trained on."""
-        own = source.validation is not None
-        texts = filter(None, sources.texts(source.validation if own else source.training))
-        if not own:
-            if not self.validation_fraction:
-                return []
-            fraction = self.validation_fraction
-            texts = (text for text in texts if is_held_out(text, self.seed, fraction))
-        found = list(islice(texts, self.validation_documents))
-        if not found:
-            raise ValueError(
-                "validation_fraction: no document of the stream falls into the validation split; "
-                f"pass more than {self.validation_fraction}, or 0"
-            )
-        return found
-
     def _make_tokenizer(self, source: sources.Source) -> Tokenizer:
         if self.tokenizer_name == "bytes":
             return ByteTokenizer()
@@ -196,19 +180,12 @@ class LongContextData(lightning.LightningDataModule):
             return load_tokenizer(self.tokenizer_name)
         choices = f"{size} {BPE_CHARACTERS} {self.seed} {self.validation_fraction}"
         folder = self.cache_dir / f"bpe-{content_key(source.fingerprint, choices)}"
-        write_once(folder, lambda partial: train_bpe(self._bpe_texts(source), size).save(partial))
+        texts = training_texts(source, self.seed, self.validation_fraction)
+        write_once(
+            folder,
+            lambda partial: train_bpe(first_characters(texts, BPE_CHARACTERS), size).save(partial),
+        )
         return load_tokenizer(folder)
-
-    def _bpe_texts(self, source: sources.Source) -> Iterator[str]:
-        """Training documents, up to `BPE_CHARACTERS`."""
-        left = BPE_CHARACTERS
-        for text in sources.texts(source.training):
-            if source.validation is None and is_held_out(text, self.seed, self.validation_fraction):
-                continue
-            yield text[:left]
-            left -= len(text)
-            if left <= 0:
-                return
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -5,8 +5,12 @@ Equal documents fall on the same side, whatever their places; nothing is on both
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 
+from training.sources import Source, texts
 from training.store import TokenStore, digest
 
 
@@ -52,3 +56,32 @@ def split(store: TokenStore, seed: int, fraction: float) -> tuple[np.ndarray, np
             "more than one document, or validation_fraction=0"
         )
     return training, validation
+
+
+def training_texts(source: Source, seed: int, fraction: float) -> Iterator[str]:
+    """The documents of a source that are not held out by their content."""
+    own_split = source.validation is not None
+    for text in texts(source.training):
+        if own_split or not is_held_out(text, seed, fraction):
+            yield text
+
+
+def held_out_of_stream(source: Source, seed: int, fraction: float, count: int) -> list[str]:
+    """The first `count` documents of the validation split; what else is in it is trained on.
+
+    Raises:
+        ValueError: if no document falls into it, though `fraction` is above 0.
+    """
+    if source.validation is not None:
+        candidates = filter(None, texts(source.validation))
+    elif fraction:
+        candidates = (t for t in texts(source.training) if t and is_held_out(t, seed, fraction))
+    else:
+        return []
+    found = list(islice(candidates, count))
+    if not found:
+        raise ValueError(
+            "validation_fraction: no document of the stream falls into the validation split; pass "
+            f"more than {fraction}, or 0"
+        )
+    return found

@@ -135,3 +135,12 @@ def batches_of_text(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def first_characters(texts: Iterable[str], count: int) -> Iterator[str]:
+    """Documents up to a number of characters; the last one may be cut there."""
+    for text in texts:
+        if count <= 0:
+            return
+        yield text[:count]
+        count -= len(text)
