@@ -75,8 +75,10 @@ class WindowCurriculum:
     def set(self, step: int) -> bool:
         """Set what holds at a step; returns whether that is a change."""
         size = stage(self.schedule, step)
-        if size == self.now:
-            return False
+        return size != self.now and self.resize(size)
+
+    def resize(self, size: int) -> bool:
+        """Set a size, and return True."""
         self.now = size
         for mixer, name, shift in self.layers:
             setattr(mixer, name, size)

@@ -55,10 +55,10 @@ def keys_per_query(mixer: AttentionLayer, length: int) -> float:
         return (size + 1) / 2 + mixer.n_memory_tokens
     near = min(getattr(mixer, "window_size", length), length)
     mean = near - near * (near - 1) / (2 * length)
-    far = getattr(mixer, "n_global_tokens", 0)
-    if isinstance(mixer, BigBird):
-        far += mixer.n_random_tokens
-    return mean + far * (length - near) / length
+    far = getattr(mixer, "n_global_tokens", 0) * (length - near) / length
+    if isinstance(mixer, BigBird):  # drawn for blocks of 64 queries, of which the first has none
+        far += mixer.n_random_tokens * max(0, length - 64) / length
+    return mean + far
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

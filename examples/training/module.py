@@ -308,6 +308,7 @@ class LanguageModel(L.LightningModule):
             "tokenizer": packed_tokenizer(self.trainer.datamodule.tokenizer),
             "seed": self.seed,
             "carried": gather_ranks(self.carried),
+            "window": self.windows.now if self.windows is not None else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -316,6 +317,8 @@ class LanguageModel(L.LightningModule):
         self.seed = saved["seed"]
         if len(saved["carried"]) == self.trainer.world_size:
             self.carried = saved["carried"][self.global_rank]
+        if self.windows is not None and saved["window"] is not None:
+            self.windows.resize(saved["window"])  # the carried state's
 
 
 def shard(model: LongContextLM, mesh: Any) -> None:

@@ -79,20 +79,19 @@ def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
         "    io.save_checkpoint({'n': n, 'x': torch.full((1 << 20,), n)}, 'run/c.ckpt')\n"
         "    n += 1; print(n, flush=True)\n"
     )
-    for writes in (1, 3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(ROOT / "examples")],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(writes):
-            process.stdout.readline()
-        process.kill()  # in the midst of the next one
-        process.wait()
-        saved = AtomicCheckpointIO().load_checkpoint(tmp_path / "run/c.ckpt")
-        assert saved["n"] >= writes - 1
-        assert torch.equal(saved["x"], torch.full((1 << 20,), saved["n"]))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT / "examples")],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(3):
+        process.stdout.readline()
+    process.kill()  # in the midst of another
+    process.wait()
+    saved = AtomicCheckpointIO().load_checkpoint(tmp_path / "run/c.ckpt")
+    assert saved["n"] >= 2
+    assert torch.equal(saved["x"], torch.full((1 << 20,), saved["n"]))
 
 
 def test_failed_write_leaves_the_old_checkpoint(tmp_path):
