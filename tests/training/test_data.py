@@ -173,6 +173,7 @@ def test_resumed_anywhere(make, options):
         stream = first.train_dataloader()
         taken = list(itertools.islice(itertools.chain(stream, stream), place))
         state = first.state_dict()
+        assert (state["epoch"], state["batch"]) == divmod(place, end_of_epoch)
         other = {**options, "num_workers": 0, "persistent_workers": False}
         resumed = make(seq_len=1024, batch_size=8, **other)
         resumed.load_state_dict(state)
