@@ -37,7 +37,7 @@ def draw(rows: list[dict[str, Any]], what: str, path: Path) -> None:
             x, y = [row["length"] for row in own], [row[key] / unit for row in own]
             exponent = f"  (slope {slope(x, y):.2f})" if len(x) > 1 else ""
             axes.plot(
-                x, y, STYLES[i // len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4,
+                x, y, STYLES[i // len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)], markersize=4,
                 color=COLOURS[i % len(COLOURS)], label=name + exponent,
             )  # fmt: skip
         axes.set_xscale("log", base=2)

@@ -62,7 +62,7 @@ def build_flex(shape: Shape) -> nn.Module:
         return (key <= query) & (query - key < shape.local)
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    masks: dict[int, Any] = {}  # made once a length, as its users do
+    masks: dict[int, Any] = {}  # made once a length, as users do
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]

@@ -69,6 +69,8 @@ def tables(rows: Rows, title: str) -> str:
     """Markdown: a table by run, lengths as columns, slopes at the end."""
     times = {(r["name"], r["run"], r["length"]): r["median"] for r in rows}
     lines = [f"# {title}", "", f"`{command()}`: {machine()}; float32, one sequence.", ""]
+    if any(row["name"].startswith(FLOOR) for row in rows):
+        lines += ["Time, times that of the layer's own linear projections, and peak memory.", ""]
     for run in (*RUNS, "decode"):
         chosen = [r for r in rows if r["run"] == run and not r["name"].startswith(FLOOR)]
         lengths = sorted({r["length"] for r in chosen})
@@ -118,7 +120,11 @@ def main(argv: list[str] | None = None) -> None:
         page = tables(rows, kind.capitalize())
         (args.output / f"{kind}.md").write_text(page)
         for what in ("time",) if args.no_memory else ("time", "memory"):
-            draw(rows, what, args.output / f"{kind}_{what}.png")
+            draw(
+                [r for r in rows if not r["name"].startswith(FLOOR)],
+                what,
+                args.output / f"{kind}_{what}.png",
+            )
         print(page)
 
 

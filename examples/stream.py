@@ -46,9 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=100, help="tokens to decode, at both places")
     parser.add_argument("--size", choices=SIZES, default="150m")
     parser.add_argument("--block", choices=LAYERS, default="dpassm")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="a folder of save_pretrained"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="a folder of save_pretrained")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and state")
     parser.add_argument("--text", type=Path, help="file whose bytes are the tokens, over and over")
     parser.add_argument("--seed", type=int, default=0)
