@@ -36,9 +36,10 @@ def draw(rows: list[dict[str, Any]], what: str, path: Path) -> None:
                 continue
             x, y = [row["length"] for row in own], [row[key] / unit for row in own]
             exponent = f"  (slope {slope(x, y):.2f})" if len(x) > 1 else ""
+            again, colour = divmod(i, len(COLOURS))
             axes.plot(
-                x, y, STYLES[i // len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)], markersize=4,
-                color=COLOURS[i % len(COLOURS)], label=name + exponent,
+                x, y, STYLES[again], marker=MARKERS[(i + again) % len(MARKERS)], markersize=4,
+                color=COLOURS[colour], label=name + exponent,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
