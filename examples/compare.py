@@ -35,6 +35,7 @@ from training.data import LongContextData
 from longctx_layers import LongContextLM
 
 LONGER = 8
+HELD_OUT = 0.1  # of the documents
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -80,6 +81,7 @@ def flags(block: str, args: argparse.Namespace, further: list[str]) -> list[str]
         "data.dataset_config": args.dataset_config,
         "data.seq_len": args.seq_len,
         "data.batch_size": args.batch_size,
+        "data.validation_fraction": HELD_OUT,
         "trainer.accelerator": "cpu",
         "trainer.max_steps": args.steps,
         "trainer.limit_val_batches": 0,
@@ -115,6 +117,7 @@ def stretches(args: argparse.Namespace, further: list[str]) -> Tensor:
     data = LongContextData(
         args.dataset_name,
         args.dataset_config,
+        validation_fraction=HELD_OUT,
         tokenizer=given.get("tokenizer", "bytes"),
         cache_dir=given.get("cache_dir"),
     )

@@ -85,6 +85,7 @@ def draw_positions(metrics: dict[str, Any]) -> bytes:
         means = [mean for *_, mean in rows]
         axes.plot(places, means, color=colour, marker=mark, markersize=5, label=label)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda place, _: f"{place:,.0f}")
     trained = metrics["settings"]["seq_len"]
     axes.axvline(trained, color="#555555", linestyle=":", linewidth=1)
     place = axes.get_xaxis_transform()
