@@ -35,6 +35,10 @@ SILENCED = (
 class Parser(LightningArgumentParser):
     """Errors about a misspelt flag name the flags that there are."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Not even an abbreviation is guessed at.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program with one line, without the usage of some hundred flags."""
         unknown = re.findall(r"--([\w.]+)", message) if "nrecognized arguments" in message else []
