@@ -1,4 +1,4 @@
-"""What the trainer's options mean on this machine, settled before anything is built."""
+"""What the trainer's options mean on this machine, and how a model is sharded over several."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib.util
 from typing import Any
 
 import torch
+
+from longctx_layers import LongContextLM
 
 FSDP = "lightning.pytorch.strategies.ModelParallelStrategy"
 
@@ -68,3 +70,14 @@ def device_count(devices: Any, available: int) -> int:
     if isinstance(devices, str):
         devices = [d for d in devices.split(",") if d] if "," in devices else int(devices)
     return devices if isinstance(devices, int) else len(devices)
+
+
+def shard(model: LongContextLM, mesh: Any) -> None:
+    """Shard parameters, gradients and optimizer states of the model over the mesh (FSDP2)."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("loss", "backbone"):
+        register_fsdp_forward_method(model, method)

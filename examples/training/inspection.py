@@ -102,10 +102,11 @@ def first_non_finite(model: LongContextLM, batch: dict[str, Tensor], state: Any)
     return f"it began in {places[0]}" if places else "it began in the head or the loss"
 
 
-def kept_activations(
-    config: ModelConfig, length: int, *, checkpointing: bool, device: str = "cpu"
-) -> int:
-    """Bytes that one sequence keeps for its backward pass in float32, found with fake tensors."""
+def kept_activations(config: ModelConfig, length: int, *, checkpointing: bool) -> int:
+    """Bytes that one sequence keeps for its backward pass in float32, found with fake tensors.
+
+    On the CPU's backends: kernels on a GPU keep less.
+    """
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -115,9 +116,9 @@ def kept_activations(
 
     model = LongContextLM(config, device="meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device=device)
+        model.to_empty(device="cpu")
         model.gradient_checkpointing = checkpointing
-        ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+        ids = torch.zeros(1, length, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             model.loss(ids, ids)
         for parameter in model.parameters():

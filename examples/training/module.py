@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import lightning as L
@@ -21,12 +22,9 @@ from training.curriculum import (
     fold,
     stage,
 )
+from training.hardware import shard
 from training.inspection import first_non_finite
-from training.options import between, block_options, check_blocks
-
-BLOCK_FLAGS = (
-    "window_size", "ssm_state_dim", "chunk_size", "state_dim", "n_global_tokens", "n_random_tokens",
-)  # fmt: skip
+from training.options import block_options, check_blocks, check_numbers
 
 
 class NonFiniteError(RuntimeError):
@@ -101,15 +99,10 @@ class LanguageModel(L.LightningModule):
         if block is not None and pattern is not None:
             raise ValueError("block, pattern: expected one of them, got both; leave one out")
         self.names = tuple(pattern or [block or "dpassm"])
-        flags = {name: self.hparams[name] for name in BLOCK_FLAGS}
-        self.block_kwargs = block_options(self.names, flags, block_kwargs)
+        self.block_kwargs = block_options(self.names, self.hparams, block_kwargs)
         check_blocks(num_params, self.block_kwargs)
         optimization.optimizer_class(optimizer)
-        for name in ("learning_rate", "weight_decay", "gradient_clip_val", "warmup_steps"):
-            if self.hparams[name] is not None:
-                between(name, self.hparams[name], 0)
-        between("final_learning_rate", final_learning_rate, 0, 1)
-        between("dropout", dropout, 0, math.nextafter(1, 0))
+        check_numbers(self.hparams)
         check_schedule("length_curriculum", length_curriculum)
         check_schedule("window_curriculum", window_curriculum)
         if length_curriculum is not None and mixed_lengths is not None:
@@ -132,12 +125,11 @@ class LanguageModel(L.LightningModule):
         Raises:
             ValueError: if a length does not divide the data's, or a carried state is cut apart.
         """
-        lengths = self.hparams.mixed_lengths or list(
-            (self.hparams.length_curriculum or {}).values()
-        )
-        if not lengths:
+        mixed = self.hparams.mixed_lengths
+        lengths = list((self.lengths or {}).values()) if mixed is None else mixed
+        if mixed is None and self.lengths is None:
             return
-        name = "mixed_lengths" if self.hparams.mixed_lengths else "length_curriculum"
+        name = "length_curriculum" if mixed is None else "mixed_lengths"
         check_lengths(name, lengths, length)
         if carry_state:
             raise ValueError(
@@ -205,8 +197,8 @@ class LanguageModel(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Randomness is a function of the place in the run alone: a resumed run, which has done
         # other things before, draws the same.
-        place = f"{self.current_epoch} {batch_idx} {self.global_rank}"
-        torch.manual_seed(hash_seed(f"{self.seed} {place}"))
+        place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(random.Random(f"batch {place}").getrandbits(63))
         if self.windows is not None and self.windows.set(self.global_step):
             self.carried = None  # its cache is as long as the window was
 
@@ -319,21 +311,3 @@ class LanguageModel(L.LightningModule):
             self.carried = saved["carried"][self.global_rank]
         if self.windows is not None and saved["window"] is not None:
             self.windows.resize(saved["window"])  # the carried state's
-
-
-def shard(model: LongContextLM, mesh: Any) -> None:
-    """Shard parameters, gradients and optimizer states of the model over the mesh (FSDP2)."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for method in ("loss", "backbone"):
-        register_fsdp_forward_method(model, method)
-
-
-def hash_seed(text: str) -> int:
-    """A seed of 63 bits from a text, the same in every process."""
-    import hashlib
-
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -117,27 +117,32 @@ def start_lines(trainer: L.Trainer, pl_module: LanguageModel) -> list[str]:
     parts = f"{rows} rows of {length:,}"
     parts += f" x {trainer.world_size} processes" * (trainer.world_size > 1)
     parts += f" x {accumulated} accumulated" * (accumulated > 1)
-    on_device = model.embedding.weight.device
-    parameters = sum(p.numel() for p in model.parameters())
-    # Weights, gradients and both moments of AdamW in float32, spread over the shards.
-    shards = trainer.world_size if pl_module.device_mesh is not None else 1
-    fixed = 16 * parameters / shards
-    kept = rows * kept_activations(
-        model.config, length, checkpointing=model.gradient_checkpointing, device=on_device.type
-    )
-    if precision_dtype(trainer) != torch.float32:
-        kept //= 2
-    ids = torch.zeros(1, min(length, PROBED_TOKENS), dtype=torch.int64, device=on_device)
-    with trainer.precision_plugin.forward_context():
+    device = pl_module.device
+    ids = torch.zeros(1, min(length, PROBED_TOKENS), dtype=torch.int64, device=device)
+    # Compiled code would not tell what it runs.
+    with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         choices = explain(model, ids)
     return [
         f"data: {data.describe()}",
         *(f"model: {line}" for line in model.describe().splitlines()),
         f"tokens a step: {tokens:,} ({parts})",
-        f"memory, estimated: {(fixed + kept) / 2**30:.2f} GiB a process (weights, gradients and "
-        f"optimizer {fixed / 2**30:.2f}, activations {kept / 2**30:.2f})",
+        f"memory, estimated: {memory_line(trainer, pl_module)}",
         *backend_lines(choices),
     ]
+
+
+def memory_line(trainer: L.Trainer, pl_module: LanguageModel) -> str:
+    """What a step takes on each process, in words."""
+    data, model = trainer.datamodule, pl_module.model
+    # Weights, gradients and both moments of AdamW in float32, spread over the shards.
+    shards = trainer.world_size if pl_module.device_mesh is not None else 1
+    fixed = 16 * sum(p.numel() for p in model.parameters()) / shards / 2**30
+    parts = f"weights, gradients and optimizer {fixed:.2f}"
+    kept = data.batch_size * kept_activations(
+        model.config, data.seq_len, checkpointing=model.gradient_checkpointing
+    )
+    kept /= 2**30 if precision_dtype(trainer) == torch.float32 else 2**31
+    return f"{fixed + kept:.2f} GiB a process ({parts}, activations {kept:.2f})"
 
 
 def backend_lines(choices: list[Choice]) -> list[str]:

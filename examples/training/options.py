@@ -10,6 +10,10 @@ from longctx_layers import LAYERS, build_layer
 from longctx_layers.layers import layer_options
 from longctx_layers.sizes import SIZES
 
+BLOCK_FLAGS = (
+    "window_size", "ssm_state_dim", "chunk_size", "state_dim", "n_global_tokens", "n_random_tokens",
+)  # fmt: skip
+
 
 def block_options(
     names: Sequence[str], flags: Mapping[str, Any], block_kwargs: Mapping[str, Any] | None
@@ -18,7 +22,7 @@ def block_options(
 
     Args:
         names: the blocks of the pattern.
-        flags: values of the flags by option; None where a flag was not given.
+        flags: the model's flags, of which `BLOCK_FLAGS` count; None where one was not given.
         block_kwargs: further options, by block name where there are several blocks.
 
     Raises:
@@ -26,7 +30,7 @@ def block_options(
     """
     for name in names:
         one_of("block", name, LAYERS)
-    given = {option: value for option, value in flags.items() if value is not None}
+    given = {option: flags[option] for option in BLOCK_FLAGS if flags[option] is not None}
     further = dict(block_kwargs or {})
     if not set(further) <= set(names):
         if len(set(names)) > 1:
@@ -56,6 +60,16 @@ def check_blocks(num_params: str, options: Mapping[str, Mapping[str, Any]]) -> N
     size = SIZES[num_params]
     for name, given in options.items():
         build_layer(name, size.d_model, size.n_heads, **given, device="meta")
+
+
+def check_numbers(flags: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the model's numeric flags are within their bounds."""
+    rates = ("learning_rate", "gate_learning_rate", "weight_decay")
+    for name in (*rates, "gradient_clip_val", "warmup_steps"):
+        if flags[name] is not None:
+            between(name, flags[name], 0)
+    between("final_learning_rate", flags["final_learning_rate"], 0, 1)
+    between("dropout", flags["dropout"], 0, math.nextafter(1, 0))
 
 
 def one_of(name: str, value: Any, valid: Any) -> None:

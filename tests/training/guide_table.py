@@ -84,15 +84,13 @@ def outcome(flags: tuple[str, ...], folder: Path, done: dict[tuple[str, ...], st
 
 
 def main() -> None:
-    from program import local_wikitext
+    from program import local_text, local_wikitext
 
     lines, done = ["| section | command | what happened |", "|---|---|---|"], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         local_wikitext(folder)
-        (folder / "path/to").mkdir(parents=True)
-        (folder / "path/to/data").mkdir()
-        (folder / "path/to/data/text.txt").write_text("a word and another. " * 300)
+        local_text(folder / "path/to/data")
         os.chdir(folder)
         for one, text in rows():
             happened = getattr(one, "outcome", None) or outcome(one.flags, folder, done)

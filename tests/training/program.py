@@ -60,12 +60,14 @@ def check(*flags: str) -> cli.CLI:
         return fit(*flags)
 
 
-def start(*flags: str, cwd: Path, env: Sequence[tuple[str, str]] = ()) -> subprocess.Popen[str]:
+def start(
+    *flags: str, cwd: Path, program: Path = ROOT / "examples/train.py"
+) -> subprocess.Popen[str]:
     """Start `fit` in a process of its own; what it prints is in `stdout`."""
     return subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "examples/train.py"), "fit", *flags],
+        [sys.executable, "-u", str(program), "fit", *flags],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -118,6 +120,13 @@ def local_wikitext(folder: Path) -> None:
         configs.append({"config_name": config, "data_files": files})
     front = json.dumps({"configs": configs})
     (folder / "wikitext/README.md").write_text(f"---\n{front}\n---\n")
+
+
+def local_text(folder: Path) -> None:
+    """A folder of text files."""
+    folder.mkdir(parents=True)
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"a word and {number} others. " * 100)
 
 
 @contextmanager

@@ -10,7 +10,18 @@ import pytest
 import torch
 from guide_commands import FITS, FLAGS, OTHERS
 from guide_table import shrunk
-from program import ROOT, SMALL, check, finish, fit, local_wikitext, merged, scalars, start
+from program import (
+    ROOT,
+    SMALL,
+    check,
+    finish,
+    fit,
+    local_text,
+    local_wikitext,
+    merged,
+    scalars,
+    start,
+)
 
 ON_GPU = torch.cuda.is_available()
 DISTINCT = list(dict.fromkeys(shrunk(one.flags) for one in FITS))
@@ -21,8 +32,7 @@ FAST = [DISTINCT[0], *(DISTINCT[i] for i in (3, 6, 9, 12)), shrunk(FITS[16].flag
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "path/to/data").mkdir(parents=True)
-    (tmp_path / "path/to/data/text.txt").write_text("a word and another. " * 300)
+    local_text(tmp_path / "path/to/data")
 
 
 @pytest.mark.parametrize("command", FITS, ids=lambda one: " ".join(one.flags[:2]))
