@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx_layers.layers.checks import check_input, check_segment_ids, check_state
+from longctx_layers.layers.pieces import by_rows, lengths
 from longctx_layers.layers.rotary import rotary_table, rotate
 from longctx_layers.layers.state import Field, Rows, arrange, tail
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
@@ -80,9 +83,19 @@ class AttentionLayer(nn.Module):
 
     A subclass sets `state_type`, describes its state in `fields`, and computes in `mix` what the
     output projection gets, with the new state. Its `__init__` ends with `reset_parameters`.
+
+    On a CPU a large call is worked through in pieces that fit the caches: a few rows at a time,
+    and a few tokens, each piece from the state that the one before left.
+
+    Attributes:
+        grain: tokens that a piece is a multiple of. None for layers that take a call as a whole,
+            since their state grows and every piece would copy it.
+        first_piece: tokens before the first multiple.
     """
 
     state_type: ClassVar[type[Any]] = KeyValueState
+    grain: int | None = None
+    first_piece: int = 0
 
     def __init__(
         self,
@@ -158,14 +171,15 @@ class AttentionLayer(nn.Module):
         raise NotImplementedError
 
     def mix(
-        self, x: Tensor, state: Any, segments: Segments | None
+        self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What the output projection gets, `[B, T, H * P]`, and the new state's tensors.
 
         Args:
-            x: `[B, T, D]` with pads at the right of each row.
-            state: the state before, or None where the call begins everything.
-            segments: of the call; None for one segment that begins with the call, without pads.
+            x: `[B, T, D]` with pads at the right of each row: a whole call, or a piece of it.
+            state: the state before, or None where x begins everything.
+            segments: of x; None for one segment without pads that began `offset` tokens before x.
+            offset: the tokens of the call before x.
         """
         raise NotImplementedError
 
@@ -192,10 +206,28 @@ class AttentionLayer(nn.Module):
         if x.shape[1] == 0:
             y = self.o_proj(x.new_zeros(len(x), 0, self.o_proj.in_features))
             return y, self.init_state(len(x)) if state is None else state
+        if self.grain is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._run(x, state, segment_ids)
+        return by_rows(partial(self._run, grain=self.grain), x, state, segment_ids)
+
+    def _run(
+        self, x: Tensor, state: Any, segment_ids: Tensor | None, grain: int | None = None
+    ) -> tuple[Tensor, Any]:
         rows: Rows = arrange(x, state, segment_ids)
-        y, new = self.mix(rows.pack(x), rows.restart(state), rows.segments)
-        y = F.dropout(self.o_proj(y), self.dropout, self.training)
-        return rows.unpack(y), self.state_type(**new, position=rows.position, segment=rows.segment)
+        x, state = rows.pack(x), rows.restart(state)
+        pieces: Sequence[Tensor] = [x]
+        if grain is not None:
+            pieces = x.split(lengths(len(x), x.shape[1], grain, self.first_piece), dim=1)
+        offset, ys = 0, []
+        for piece in pieces:
+            segments, length = rows.segments, piece.shape[1]
+            if segments is not None and len(pieces) > 1:
+                segments = segments.part(offset, length)
+            y, new = self.mix(piece, state, segments, offset)
+            state = self.state_type(**new, position=rows.position, segment=rows.segment)
+            ys.append(F.dropout(self.o_proj(y), self.dropout, self.training))
+            offset += length
+        return rows.unpack(ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)), state
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> Any:
         """The empty state of a batch, on the parameters' device unless another is given."""

@@ -76,7 +76,7 @@ class BigBird(AttentionLayer):
         return {name: getattr(self, name) for name in names}
 
     def mix(
-        self, x: Tensor, state: Any, segments: Segments | None
+        self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         far = partial(far_cached_keys, **self.options(), segments=segments)
         y, k, v = self.attend(x, state, segments, window_size=self.window_size, far=far)

@@ -110,6 +110,8 @@ class BLADE(AttentionLayer):
             )
         self.chunk_size, self.chunk_shift, self.state_dim = chunk_size, chunk_shift, state_dim
         self.state_update, self.n_memory_tokens = state_update, n_memory_tokens
+        if state_update != "mlp":  # which has a loop of its own
+            self.grain, self.first_piece = chunk_size, chunk_shift
         self.state_space: SelectiveProjection | None = None
         self.mlp: MlpUpdate | None = None
         if state_update == "associative":
@@ -158,21 +160,25 @@ class BLADE(AttentionLayer):
         return {name: getattr(self, name) for name in names}
 
     def mix(
-        self, x: Tensor, state: Any, segments: Segments | None
+        self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.mlp is not None:
             o, k, v, readable, pending = self.mlp(self, x, state, segments)
             kept = {"readable": readable, "pending": pending}
-            return o.flatten(2), {**kept, **self.open_chunk(k, v, segments), "conv": no_conv(x)}
+            kept |= self.open_chunk(k, v, segments, self.chunk_shift)
+            return o.flatten(2), {**kept, "conv": no_conv(x)}
+        # Without segments a piece behind the first begins a chunk: none is open.
+        aligned = segments is None and offset > 0
+        shift = 0 if aligned else self.chunk_shift
         o, k, v = self.attend(
             x,
-            state,
+            None if aligned else state,
             segments,
             chunk_size=self.chunk_size,
-            chunk_shift=self.chunk_shift,
+            chunk_shift=shift,
             far=self.memory(x),
         )
-        kept = self.open_chunk(k, v, segments)
+        kept = self.open_chunk(k, v, segments, shift)
         if self.state_space is None:
             none = x.new_zeros(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
             return o.flatten(2), {**kept, "conv": no_conv(x), "readable": none, "pending": none}
@@ -180,7 +186,7 @@ class BLADE(AttentionLayer):
         r, (readable, pending) = block_ssd(
             *inputs[:5],
             chunk_size=self.chunk_size,
-            chunk_shift=self.chunk_shift,
+            chunk_shift=shift,
             initial_state=None if state is None else (state.readable, state.pending),
             segments=segments,
         )
@@ -204,12 +210,14 @@ class BLADE(AttentionLayer):
 
         return far
 
-    def open_chunk(self, k: Tensor, v: Tensor, segments: Segments | None) -> dict[str, Tensor]:
+    def open_chunk(
+        self, k: Tensor, v: Tensor, segments: Segments | None, shift: int
+    ) -> dict[str, Tensor]:
         """Keys and values of the chunk that the next token will find open."""
         if segments is None:
             start = torch.zeros(len(k), dtype=torch.int64, device=k.device)
             length = torch.full_like(start, k.shape[1])
             segments = Segments(start[:, None].expand(-1, k.shape[1]), length)
         start = segments.next_start()
-        first = chunk_start(segments.length, start, self.chunk_size, self.chunk_shift)
+        first = chunk_start(segments.length, start, self.chunk_size, shift)
         return self.cache(k, v, self.chunk_size - 1, segments, torch.maximum(first, start))

@@ -58,7 +58,7 @@ class CausalAttention(AttentionLayer):
         return self.cache_fields(None)
 
     def mix(
-        self, x: Tensor, state: Any, segments: Segments | None
+        self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         y, k, v = self.attend(x, state, segments)
         return y.flatten(2), self.cache(k, v, k.shape[1], segments)

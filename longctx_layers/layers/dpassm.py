@@ -140,9 +140,9 @@ class DPASSM(WindowAttention):
         return {**super().options(), **{name: getattr(self, name) for name in names}}
 
     def mix(
-        self, x: Tensor, state: Any, segments: Segments | None
+        self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        o, kept = self.attend_window(x, state, segments)
+        o, kept = self.attend_window(x, state, segments, offset)
         if self.ssm is None:
             h = x.new_zeros(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
             return o.flatten(2), {**kept, "conv": no_conv(x), "h": h}

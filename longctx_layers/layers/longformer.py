@@ -78,7 +78,7 @@ class Longformer(WindowAttention):
         self.reset_parameters()
 
     def mix(
-        self, x: Tensor, state: Any, segments: Segments | None
+        self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, kept = self.attend_window(x, state, segments)
+        y, kept = self.attend_window(x, state, segments, offset)
         return y.flatten(2), kept

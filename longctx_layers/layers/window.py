@@ -45,6 +45,7 @@ class WindowAttention(AttentionLayer):
         expect_positive("window_size", window_size)
         expect_count("n_global_tokens", n_global_tokens)
         self.window_size, self.n_global_tokens = window_size, n_global_tokens
+        self.grain = window_size
         self.global_k_proj = self.global_v_proj = None
         if n_global_tokens:
             self.global_k_proj, self.global_v_proj = deepcopy(self.k_proj), deepcopy(self.v_proj)
@@ -68,7 +69,7 @@ class WindowAttention(AttentionLayer):
         return {"window_size": self.window_size, "n_global_tokens": self.n_global_tokens}
 
     def attend_window(
-        self, x: Tensor, state: Any, segments: Segments | None
+        self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Window and global attention: `[B, T, H, P]`, and what the state keeps of it."""
         window = self.window_size
@@ -82,14 +83,14 @@ class WindowAttention(AttentionLayer):
             }
         length, block = x.shape[1], far_block(window, segments)
         if segments is None:
-            starts = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+            starts = torch.full((len(x), 1), -offset, device=x.device)
             block = length
         else:
             starts = list_starts(segments, block)
             starts = torch.cat([starts, segments.next_start()[:, None]], dim=1)
         global_k, global_v = self._global_keys(x, state, segments, starts)
         lists = slice(0, 1) if segments is None else slice(0, -1)
-        mask = global_mask(self.n_global_tokens, window, length, segments, block, x.device)
+        mask = global_mask(self.n_global_tokens, window, length, segments, block, x.device, offset)
 
         def far(q: Tensor, k: Tensor, v: Tensor) -> FarKeys:
             keys, values = (z[:, lists].permute(0, 3, 1, 2, 4) for z in (global_k, global_v))

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx_layers.ops import flash, flash_support, flex, reference, triton_support
+from longctx_layers.ops import (
+    cpu_attention,
+    flash,
+    flash_support,
+    flex,
+    reference,
+    triton_support,
+)
 from longctx_layers.ops.blocked_attention import blocked_attention
 from longctx_layers.ops.checks import expect_dtype, expect_positive, expect_shape
 from longctx_layers.ops.dispatch import Operation
@@ -193,5 +200,6 @@ def _triton(
 
 _operation.register("flash", refuse=flash_support.refuse)(flash.run)
 _operation.register("flex", refuse=flex.refuse, reserve=flex.reserve)(flex.run)
+_operation.register("cpu", refuse=cpu_attention.refuse)(cpu_attention.run)
 _operation.register("torch")(blocked_attention)
 _operation.register("reference")(reference.sparse_attention)

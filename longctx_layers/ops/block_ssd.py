@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.ops import reference
 from longctx_layers.ops.checks import expect_positive
+from longctx_layers.ops.cpu_ssd import scan_tiles
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.segments import Segments, chunk_start, shortened
 from longctx_layers.ops.ssd import (
@@ -16,6 +19,7 @@ from longctx_layers.ops.ssd import (
     check_inputs,
     read,
     read_one,
+    refuse_cpu,
     refuse_triton,
     step,
     steps,
@@ -115,6 +119,39 @@ def _readable_until(x: Tensor, segments: Segments | None, size: int, shift: int)
     index = torch.minimum(index, segments.length[:, None])
     start = torch.cat([segments.start, segments.next_start()[:, None]], 1)
     return torch.maximum(chunk_start(index, start, size, shift), start)
+
+
+def _refuse_cpu(
+    x: Tensor, *_: Any, chunk_size: int, chunk_shift: int, segments: Segments | None, **__: Any
+) -> str | None:
+    if (reason := refuse_cpu(x)) is not None:
+        return reason
+    if segments is not None or chunk_shift:
+        return "takes chunks that count from the call's first token"
+    if chunk_size == 1:
+        return "takes chunks of at least two tokens"
+    return None
+
+
+@_block_ssd.register("cpu", refuse=_refuse_cpu)
+def _block_ssd_cpu(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    chunk_size: int,
+    chunk_shift: int,
+    initial_state: tuple[Tensor, Tensor],
+    segments: Segments | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    readable, pending = initial_state
+    inputs = x, *steps(dt, A, readable.dtype, None), B, C, readable + pending
+    y, before, added, fade = scan_tiles(*inputs, tile=chunk_size, within=False)
+    if x.shape[1] % chunk_size == 0:
+        return y, (fade * before + added, 0 * added)  # with a gradient, as the others
+    return y, (fade * before, added)
 
 
 @_block_ssd.register("torch")

@@ -69,14 +69,14 @@ def _torch(
     width, length = weight.shape[1], x.shape[1]
     padded = F.pad(x, (0, 0, width - 1, 0)) if before is None else torch.cat([before, x], dim=1)
     precise = torch.promote_types(x.dtype, torch.float32)
-    taps = weight.to(precise)
-    y = x.to(precise) * taps[:, -1]
+    taps = weight.to(precise).mT.contiguous()  # a strided one would not be vectorised
+    y = x.to(precise) * taps[-1]
     for back in range(1, width):
-        term = padded[:, width - 1 - back : width - 1 - back + length] * taps[:, -1 - back]
+        earlier = padded[:, width - 1 - back : width - 1 - back + length]
         if segments is not None:
             index = torch.arange(length, device=x.device)
-            term = torch.where((index - back >= segments.start)[..., None], term, 0)
-        y = y + term
+            earlier = torch.where((index - back >= segments.start)[..., None], earlier, 0)
+        y = torch.addcmul(y, earlier.to(precise), taps[-1 - back])
     return F.silu(y).to(x.dtype)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-BACKENDS = ("triton", "flash", "flex", "torch", "reference")
+BACKENDS = ("triton", "flash", "flex", "cpu", "torch", "reference")
 ENVIRONMENT_VARIABLE = "LONGCTX_BACKEND"
 
 
@@ -69,7 +69,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operation inside the block on the named backend, which runs or raises.
 
     Args:
-        name: `"auto"`, `"reference"`, `"torch"`, `"triton"`, `"flash"` or `"flex"`.
+        name: `"auto"`, `"reference"`, `"torch"`, `"cpu"`, `"triton"`, `"flash"` or `"flex"`.
     """
     global _forced
     previous, _forced = _forced, _checked(name, "use_backend")

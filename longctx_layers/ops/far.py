@@ -52,12 +52,16 @@ def global_mask(
     segments: Segments | None,
     block: int,
     device: torch.device,
+    offset: int = 0,
 ) -> Tensor:
-    """`[B or 1, 1, T, n]`: global tokens of the query's segment that its window does not reach."""
+    """`[B or 1, 1, T, n]`: global tokens of the query's segment that its window does not reach.
+
+    Without segments, the one of all rows began `offset` tokens before these.
+    """
     index = torch.arange(length, device=device)[:, None]
     token = torch.arange(n_global_tokens, device=device)
     if segments is None:
-        return (token <= index - window_size)[None, None]
+        return (token <= index + (offset - window_size))[None, None]
     start = list_starts(segments, block).repeat_interleave(block, 1)[:, :length, None]
     own = start == segments.start[..., None]
     return (own & (start + token <= index - window_size))[:, None]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.ops import reference, triton_support
+from longctx_layers.ops import cpu_gated_norms, cpu_support, reference, triton_support
 from longctx_layers.ops.checks import expect_dtype, expect_shape
 from longctx_layers.ops.dispatch import Operation
 
@@ -62,6 +62,11 @@ def _triton(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor)
 
     y: Tensor = kernel(z, o, s, weight_o, weight_s, EPS)
     return y
+
+
+@_operation.register("cpu", refuse=cpu_support.refuse)
+def _cpu(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
+    return cpu_gated_norms.run(z, o, s, weight_o, weight_s, EPS)
 
 
 @_operation.register("torch")

@@ -50,6 +50,6 @@ def merge(y: Tensor, lse: Tensor, far_y: Tensor, far_lse: Tensor) -> tuple[Tenso
     Returns:
         The output in y's dtype, and the log-sum-exp of all scores.
     """
-    total = torch.logaddexp(lse, far_lse)
-    near, far = ((x - total).exp()[..., None] for x in (lse, far_lse))
-    return (near * y + far * far_y).to(y.dtype), total
+    weight = torch.sigmoid(far_lse - lse)[..., None]
+    merged = torch.lerp(y.to(weight.dtype), far_y.to(weight.dtype), weight)
+    return merged.to(y.dtype), torch.logaddexp(lse, far_lse)

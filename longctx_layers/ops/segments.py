@@ -29,6 +29,12 @@ class Segments(NamedTuple):
         index = torch.arange(self.start.shape[1], device=self.start.device)
         return index < self.length[:, None]
 
+    def part(self, first: int, count: int) -> Segments:
+        """Of the `count` tokens from `first` on, with indices that count from there."""
+        # A row that ended earlier: its next token stands at its end, not behind the pads.
+        start = self.start[:, first : first + count] - self.length.clamp(max=first)[:, None]
+        return Segments(start, (self.length - first).clamp(0, count))
+
     def next_start(self) -> Tensor:
         """`[B]`: the start that a token right behind the row's last real one would have."""
         last = (self.length - 1).clamp(min=0)[:, None]

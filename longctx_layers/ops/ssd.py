@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.ops import reference, triton_support
+from longctx_layers.ops import cpu_support, reference, triton_support
 from longctx_layers.ops.checks import expect_dtype, expect_shape
+from longctx_layers.ops.cpu_ssd import scan_tiles
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.scan import (
     MIN_LOG_DECAY,
@@ -227,6 +228,31 @@ def _ssd_triton(
     dt, log_decay = steps(dt, A, torch.float64, segments)
     y, final = kernel(x, dt.to(initial_state.dtype), log_decay, B, C, initial_state[None], start)
     return y, final[0]
+
+
+def refuse_cpu(x: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why the CPU path can't run a call of `ssd`, or None."""
+    if (reason := cpu_support.refuse(x)) is not None:
+        return reason
+    if x.shape[1] == 1:
+        return "takes no single token, which has no tiles"
+    return None
+
+
+@_ssd.register("cpu", refuse=refuse_cpu)
+def _ssd_cpu(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    inputs = x, *steps(dt, A, initial_state.dtype, segments), B, C, initial_state
+    y, before, added, fade = scan_tiles(*inputs, tile=TILE, within=True, segments=segments)
+    return y, fade * before + added
 
 
 @_ssd.register("torch")

@@ -94,3 +94,26 @@ def test_a_saved_state_goes_on(case):
     loaded = torch.load(file, weights_only=True)
     assert type(loaded) is layer.state_type
     assert_close(layer(x[:, 7:], loaded), layer(x[:, 7:], state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", LAYER_CASES)
+@given(
+    length=st.integers(1, 60),
+    at_once=st.sampled_from([8, 20]),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 999),
+    packed=st.booleans(),
+)
+@FEWER
+def test_a_long_call_in_pieces_is_the_same(case, length, at_once, batch, seed, packed):
+    layer = small_layer(case)
+    torch.manual_seed(seed)
+    x = torch.randn(batch, length, 16, dtype=torch.float64, requires_grad=True)
+    ids = packed_ids(batch, length, seed) if packed else None
+    whole = layer(x, segment_ids=ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longctx_layers.layers.pieces.TOKENS_AT_ONCE", at_once)
+        pieces = layer(x, segment_ids=ids)
+    assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+    expected = gradients(layer, x, *whole)
+    assert_close(gradients(layer, x, *pieces), expected, rtol=1e-9, atol=1e-9)

@@ -25,7 +25,7 @@ def chosen() -> str:
 
 
 def test_auto_takes_the_fast_path_and_never_the_reference():
-    assert chosen() == "torch"
+    assert chosen() == "cpu"
     operation = Operation("only_a_reference")
     operation.register("reference")(lambda x: x)
     with pytest.raises(ValueError, match="only_a_reference: expected a backend"):
@@ -35,7 +35,7 @@ def test_auto_takes_the_fast_path_and_never_the_reference():
 def test_a_backend_asked_for_runs_or_raises():
     with use_backend("reference"):
         assert chosen() == "reference"
-    assert chosen() == "torch"
+    assert chosen() == "cpu"
     with (
         use_backend("triton"),
         pytest.raises(
@@ -115,3 +115,20 @@ def test_an_empty_environment_variable_is_none():
 def test_triton_versions(version, capability, needed):
     reason = triton_support.refuse_version(version, capability)
     assert reason is None if needed is None else f"needs Triton {needed};" in reason
+
+
+def test_transforms_and_compilers_do_not_meet_the_cpu_path():
+    x, *rest = arguments(torch.float64)
+
+    def loss(x):
+        return ssd(x, *rest)[0].square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    _, tangent = torch.func.jvp(loss, (x.detach(),), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, expected.sum())
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x.detach()), loss(x.detach()))
+    with use_backend("torch"):  # which has second derivatives
+        (slope,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        assert torch.autograd.grad(slope.sum(), x)[0].isfinite().all()
