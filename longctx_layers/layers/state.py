@@ -109,7 +109,7 @@ def arrange(x: Tensor, state: Any, segment_ids: Tensor | None) -> Rows:
         position, held = state.position, state.segment
     if segment_ids is None:
         start = -position[:, None].expand(-1, length)
-        segments = Segments(start, torch.full_like(position, length))
+        segments = Segments(start, torch.full_like(position, length), packed=False)
         return Rows(segments, position + length, held.clamp(min=0))
     real = segment_ids >= 0
     order = torch.argsort(~real, dim=1, stable=True)
@@ -141,7 +141,7 @@ def tail(x: Tensor, size: int, segments: Segments | None, first: Tensor | None =
         `[B, size, ...]`, a copy.
     """
     total = x.shape[1]
-    if segments is None and first is None:
+    if first is None and (segments is None or not segments.packed):
         kept = x[:, max(total - size, 0) :]
         return torch.cat([x.new_zeros(len(x), size - kept.shape[1], *x.shape[2:]), kept], dim=1)
     assert segments is not None

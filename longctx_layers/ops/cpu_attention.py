@@ -136,8 +136,8 @@ class _Spans(torch.autograd.Function):
         dy = padded(dy, 2, 0, layout.back, precise).unflatten(2, (-1, block))
         if with_lse:
             dlse = padded(dlse, 2, 0, layout.back, precise).unflatten(2, (-1, block))
-        dq = torch.empty_like(layout.q)
-        dk, dv = torch.zeros_like(layout.k), torch.zeros_like(layout.v)
+        dq = torch.empty_like(layout.q, memory_format=torch.contiguous_format)
+        dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (layout.k, layout.v))
         weights, ds = layout.buffer(), layout.buffer()
         for b, h, queries, keys, values in layout.heads():
             scores = layout.scores(b, queries, keys)
@@ -146,12 +146,13 @@ class _Spans(torch.autograd.Function):
             _softmax_backward(scores, weights, -1, precise, grad_input=ds)
             if with_lse:
                 ds.addcmul_(weights, dlse[b, h, ..., None])
+            ds.mul_(scale)
             torch.bmm(ds, keys.mT, out=dq[b, h].unflatten(0, (-1, block)))
             layout.fold(ds, queries, dk[b, h // layout.share])
             layout.fold(weights, dy[b, h], dv[b, h // layout.share])
         own = slice(layout.front, layout.front + k.shape[2])
         return (
-            dq[:, :, :length].mul_(scale).to(q.dtype),
+            dq[:, :, :length].to(q.dtype),
             dk[:, :, own].to(k.dtype),
             dv[:, :, own].to(v.dtype),
             *[None] * 5,
@@ -159,7 +160,7 @@ class _Spans(torch.autograd.Function):
 
 
 class _Layout:
-    """Scaled queries, keys and values in whole blocks, and the mask of a block's span."""
+    """Queries, keys and values in whole blocks, and the mask of a block's span."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, block: int, before: int, scale: float
@@ -169,7 +170,7 @@ class _Layout:
         blocks = cover(length, block)
         self.back = blocks * block - length
         self.front = before * block - (k.shape[2] - length)
-        self.q = padded(q, 2, 0, self.back, precise).mul_(scale)
+        self.q, self.scale = padded(q, 2, 0, self.back, precise), scale
         self.k, self.v = (padded(x, 2, self.front, self.back, precise) for x in (k, v))
         self.share = q.shape[1] // k.shape[1]
         # Queries that pad the last block see some keys too: no row is ever empty.
@@ -196,8 +197,8 @@ class _Layout:
 
     def scores(self, b: int, queries: Tensor, keys: Tensor) -> Tensor:
         """`[n, block, span]`, overwritten by the next head's."""
-        torch.bmm(queries, keys, out=self._scores)
-        return self._scores.add_(self.bias[b if len(self.bias) > 1 else 0])
+        bias = self.bias[b if len(self.bias) > 1 else 0]
+        return torch.baddbmm(bias, queries, keys, alpha=self.scale, out=self._scores)
 
     def fold(self, weights: Tensor, rows: Tensor, total: Tensor) -> None:
         """Add `weights^T rows`, the gradient of each block's span, to that of all keys."""

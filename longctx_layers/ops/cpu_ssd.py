@@ -190,8 +190,7 @@ class _Tiles:
 
     def cut(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` to `[M, L, ...]`."""
-        if self.back or x.dtype != self.dtype:
-            x = padded(x, 1, 0, self.back, self.dtype)
+        x = padded(x, 1, 0, self.back, self.dtype)
         return x.unflatten(1, (self.count, self.size)).flatten(0, 1)
 
     def rows(self, x: Tensor) -> Tensor:

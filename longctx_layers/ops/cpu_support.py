@@ -30,7 +30,9 @@ def refuse(x: Tensor, *_: Any, **__: Any) -> str | None:
 
 
 def padded(x: Tensor, dim: int, front: int, back: int, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy of x in `dtype` with zeros before and behind it along one dimension."""
+    """x in `dtype` with zeros before and behind it along one dimension: x itself, or a copy."""
+    if not front and not back and x.dtype == dtype:
+        return x
     shape = list(x.shape)
     shape[dim] += front + back
     y = x.new_empty(shape, dtype=dtype)

@@ -19,10 +19,12 @@ class Segments(NamedTuple):
             index begins a segment. Pads repeat the start of the row's last real token.
         length: `[B]` int64, the number of real tokens of each row. What an operation returns at
             the pads behind them is unspecified but finite, and pads never touch a state.
+        packed: False promises that every row goes on with one segment, without any pad.
     """
 
     start: Tensor
     length: Tensor
+    packed: bool = True
 
     def real(self) -> Tensor:
         """`[B, T]` bool: True at real tokens, False at pads."""
@@ -33,7 +35,7 @@ class Segments(NamedTuple):
         """Of the `count` tokens from `first` on, with indices that count from there."""
         # A row that ended earlier: its next token stands at its end, not behind the pads.
         start = self.start[:, first : first + count] - self.length.clamp(max=first)[:, None]
-        return Segments(start, (self.length - first).clamp(0, count))
+        return Segments(start, (self.length - first).clamp(0, count), self.packed)
 
     def next_start(self) -> Tensor:
         """`[B]`: the start that a token right behind the row's last real one would have."""
