@@ -136,8 +136,8 @@ class _Spans(torch.autograd.Function):
         dy = padded(dy, 2, 0, layout.back, precise).unflatten(2, (-1, block))
         if with_lse:
             dlse = padded(dlse, 2, 0, layout.back, precise).unflatten(2, (-1, block))
-        dq = torch.empty_like(layout.q, memory_format=torch.contiguous_format)
-        dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (layout.k, layout.v))
+        dq = layout.q.new_empty(layout.q.shape)
+        dk, dv = (x.new_zeros(x.shape) for x in (layout.k, layout.v))
         weights, ds = layout.buffer(), layout.buffer()
         for b, h, queries, keys, values in layout.heads():
             scores = layout.scores(b, queries, keys)
