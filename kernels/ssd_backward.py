@@ -13,12 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx_layers.kernels.guard import check_import_name
-from longctx_layers.kernels.ssd_forward import (
-    CONFIGS,
-    blocks,
-    how_to_multiply,
-    states_before,
-)
+from longctx_layers.kernels.ssd_configs import CONFIGS
+from longctx_layers.kernels.ssd_forward import blocks, how_to_multiply, states_before
 from longctx_layers.kernels.ssd_tile import (
     between,
     decay_sums,
@@ -210,13 +206,14 @@ def backward(
     ddecay = dt.new_empty(2, batch, length, heads, parts)
     _back_to_writes[(heads * parts * count, batch)](
         x, dt, sums, B, C, start, until, dy, dstates, dx, ddt, ddecay[0],
-        *strides, until_b, length, heads, count, *sizes[0], *sizes[1], *flags, **tiles.launch,
+        *strides, until_b, length, heads, count, *sizes[0], *sizes[1], *flags,
+        **tiles.launch(reads=True),
     )  # fmt: skip
     db, dc = (dt.new_empty(batch, length, groups, directions) for _ in range(2))
     _back_to_directions[(count * groups, batch)](
         x, dt, sums, B, C, start, until, dy, states, dstates, db, dc, ddecay[1],
         *strides, until_b, length, heads, count, groups, *sizes[0], HEADS, *sizes[1], *flags,
-        **tiles.launch,
+        **tiles.launch(),
     )  # fmt: skip
     db, dc = (z.sum(2).to(B.dtype) for z in (db, dc))
     return dx, ddt.sum(3), ddecay.sum((0, 4), dtype=log_decay.dtype), db, dc, dstate

@@ -7,14 +7,13 @@ x is read twice, and all spans run at once. `ssd_tile` says what happens in a ti
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from longctx_layers.kernels.guard import check_import_name
+from longctx_layers.kernels.ssd_configs import CONFIGS, Tiles
 from longctx_layers.kernels.ssd_tile import (
     LOG2E,
     before,
@@ -41,44 +40,6 @@ from longctx_layers.kernels.target import dot_precision, pick, target
 check_import_name(__name__)
 
 
-class Tiles(NamedTuple):
-    """How the kernels cut their work, and how they are launched.
-
-    Attributes:
-        tokens: in a tile.
-        span: tiles that a program walks through.
-        elements: of states that a program keeps; heads with more are cut, but to 16 rows at least.
-    """
-
-    tokens: int
-    span: int
-    elements: int
-    num_warps: int
-
-    @property
-    def launch(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": 1}
-
-
-class Choices(NamedTuple):
-    """Tiles by N for bfloat16, and for inputs of which products are float32's or wider."""
-
-    upto_64: Tiles
-    upto_256: Tiles
-    wide: Tiles
-
-    def of(self, dtype: torch.dtype, directions: int) -> Tiles:
-        """The tiles for a dtype and N."""
-        if dtype != torch.bfloat16:
-            return self.wide
-        return self.upto_64 if directions <= 64 else self.upto_256
-
-
-_SMALL = Tiles(32, 16, 2048, 4)
-_A100 = Choices(_SMALL, Tiles(32, 16, 2048, 8), Tiles(16, 32, 2048, 4))
-_H100 = _A100._replace(upto_64=Tiles(64, 8, 2048, 8))
-_MI300 = Choices(_SMALL, _SMALL, _SMALL)
-CONFIGS = {"default": _A100, "sm_80": _A100, "sm_90": _H100, "sm_100": _H100, "gfx942": _MI300}
 CARRIED = 512  # elements of a state that a program of `_pass_on` carries
 STEPPED = 1024  # those that a program of `_step` updates
 
@@ -322,7 +283,7 @@ def states_before(
             x, dt, sums, B, start, until, enter, out, through, after if every else None,
             *x.stride()[:3], *B.stride()[:2], until_b, length, heads, count, spans,
             dim, directions, reverse, every, tiles.tokens, tiles.span, rows, columns,
-            start is not None, until is not None, how_to_multiply(x.dtype), **tiles.launch,
+            start is not None, until is not None, how_to_multiply(x.dtype), **tiles.launch(),
         )  # fmt: skip
 
     def new(slots: int) -> Tensor:
@@ -393,6 +354,6 @@ def forward(
         x, dt, sums, B, C, start, until, enter, y, final,
         *x.stride()[:3], *B.stride()[:2], *C.stride()[:2], until_b, length, heads, count, spans,
         dim, directions, tiles.tokens, tiles.span, rows, columns, packed, pending,
-        how_to_multiply(x.dtype), **tiles.launch,
+        how_to_multiply(x.dtype), **tiles.launch(reads=True),
     )  # fmt: skip
     return y, final

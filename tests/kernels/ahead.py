@@ -42,7 +42,7 @@ class Compiled(NamedTuple):
         shared: bytes of shared memory of a program.
         warps: of a program.
         instructions: names of all machine instructions, in order.
-        loops: those of each innermost loop that multiplies matrices.
+        loops: those of each innermost loop that multiplies matrices, or all if none does.
         constants: the kernel's compile-time arguments by name.
     """
 
@@ -69,8 +69,11 @@ def count(instructions: list[str], pattern: str) -> int:
 MATRIX_PRODUCTS = r"HMMA|HGMMA|UTC\w*MMA|DMMA|v_mfma"
 
 
-def _innermost_loops(names: list[str], jumps: list[tuple[int, int]]) -> list[list[str]]:
-    """Bodies between a jump backwards and where it leads, if no other one lies inside."""
+def _hot_loops(names: list[str], jumps: list[tuple[int, int]]) -> list[list[str]]:
+    """Bodies between a jump backwards and where it leads, if no other one lies inside.
+
+    Of a kernel that multiplies matrices in none of them, the whole.
+    """
     spans = [(to, at) for at, to in jumps if to <= at]
     inner = [
         (a, b)
@@ -78,7 +81,8 @@ def _innermost_loops(names: list[str], jumps: list[tuple[int, int]]) -> list[lis
         if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)
     ]
     bodies = [names[a : b + 1] for a, b in inner]
-    return [body for body in bodies if count(body, MATRIX_PRODUCTS)]
+    hot = [body for body in bodies if count(body, MATRIX_PRODUCTS)]
+    return hot or [names] * (count(names, MATRIX_PRODUCTS) > 0)
 
 
 def matrix_flops(instructions: list[str], warps: int) -> int:
@@ -90,6 +94,15 @@ def matrix_flops(instructions: list[str], warps: int) -> int:
         elif match := re.match(r"HMMA\.(\d\d)(\d)(\d+)\.|v_mfma_f32_(\d+)x(\d+)x(\d+)", name):
             total += 2 * math.prod(int(n) for n in match.groups() if n) * warps
     return total
+
+
+def loop_lengths(found: list[Compiled]) -> dict[str, list[int]]:
+    """Instructions of each hot loop, by the place and the name of its kernel."""
+    return {
+        f"{place} {kernel.name}": [len(loop) for loop in kernel.loops]
+        for place, kernel in enumerate(found)
+        if kernel.loops
+    }
 
 
 class _Driver:
@@ -131,7 +144,7 @@ def _nvidia(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
     ]
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spills, metadata = count(names, "LDL|STL"), kernel.metadata
-    loops = _innermost_loops(list(names), jumps)
+    loops = _hot_loops(list(names), jumps)
     return Compiled(
         name, registers, spills, metadata.shared, metadata.num_warps, list(names), loops, constants
     )
@@ -155,7 +168,7 @@ def _amd(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
                 jumps.append((len(names) - 1, labels[match[2]]))
     # Scalar registers spill to lanes of vector ones, not to memory.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    metadata, loops = kernel.metadata, _innermost_loops(names, jumps)
+    metadata, loops = kernel.metadata, _hot_loops(names, jumps)
     return Compiled(
         name,
         number("vgpr_count"),

@@ -10,13 +10,14 @@ from longctx_layers.kernels import (
     diagonal,
     gated_norms,
     ssd_backward,
+    ssd_configs,
     ssd_forward,
 )
 from longctx_layers.ops import triton_support
 
 # Small programs, so that short inputs have many of them, and edges.
 TILES = {"default": attention_forward.Choices(*[attention_forward.Tiles(16, 16, 4, 1)] * 4)}
-SPANS = {"default": ssd_forward.Choices(*[ssd_forward.Tiles(16, 2, 256, 4)] * 3)}
+SPANS = {"default": ssd_configs.Choices(*[ssd_configs.Tiles(16, 2, 256, 4, 4)] * 4)}
 SIZES = {
     attention_forward: {"FORWARD": TILES, "DECODE": TILES},
     attention_backward: {"QUERIES": TILES, "KEYS": TILES, "FAR": TILES},

@@ -38,6 +38,7 @@ def sparse_attention(
     groups: int = HEADS,
     far: bool = False,
     length: int = LENGTH,
+    backward: bool = True,
 ) -> None:
     """All patterns are one kernel; far keys add a loop. A length of 1 decodes."""
     q = empty(BATCH, length, HEADS, head_dim, dtype=dtype).transpose(1, 2)
@@ -48,7 +49,7 @@ def sparse_attention(
         distant = (q, lists, lists, empty(BATCH, 1, length, 6, dtype=torch.bool))
     call = q, k, k, empty(1, length, dtype=torch.int32), *distant, 64, 0.125
     o, lse = attention_forward.forward(*call)
-    if length > 1:
+    if length > 1 and backward:
         attention_backward.backward(o, lse, o, lse, *call)
 
 
@@ -128,6 +129,22 @@ def attention_products(constants: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
+def state_space_products(dtype: torch.dtype, constants: dict[str, Any]) -> dict[str, list[float]]:
+    """The same for `ssd` and `block_ssd`; a float32 that meets a bfloat16 is three of those."""
+    if not {"TOKENS", "COLUMNS"} <= constants.keys():
+        return {}
+    tokens, rows, columns = (constants[name] for name in ("TOKENS", "ROWS", "COLUMNS"))
+    parts = 3 if dtype == torch.bfloat16 else 1
+    among = 2 * tokens * tokens  # tokens with tokens, for each of what they are vectors of
+    states = 2 * tokens * rows * columns * (2 if constants["PENDING"] else 1)
+    return {
+        "_states": [parts * states],
+        "_scan": [(1 + parts) * states + among * (columns + rows)],
+        "_back_to_writes": [parts * states + among * (columns + 2 * rows + parts * tokens)],
+        "_back_to_directions": [(1 + parts) * states + among * (rows + 2 * columns)],
+    }
+
+
 class Launch(NamedTuple):
     """A launch of `docs/kernels.md`; the fast ones are held against the baseline in every test."""
 
@@ -142,6 +159,13 @@ def _attention(label: str, *args: Any, fast: bool = False, **kwargs: Any) -> Lau
     return Launch(f"attention, {label}", run, attention_products, fast)
 
 
+def _state_space(
+    label: str, directions: int, dtype: torch.dtype = torch.bfloat16, fast: bool = False, **kw: Any
+) -> Launch:
+    run = partial(state_space, 64, directions, dtype, **kw)
+    return Launch(label, run, partial(state_space_products, dtype), fast)
+
+
 REPRESENTATIVE = [
     _attention("head_dim 64", 64),
     _attention("head_dim 64, far keys", 64, far=True, fast=True),
@@ -152,13 +176,14 @@ REPRESENTATIVE = [
     _attention("head_dim 128, float32", 128, torch.float32),
     _attention("one token, head_dim 64, 6 heads a key head", 64, groups=2, length=1),
     _attention("one token, head_dim 128, 6 heads a key head", 128, groups=2, length=1),
-    Launch("ssd, P 64, N 64", partial(state_space, 64, 64), fast=True),
-    Launch("ssd, P 64, N 128, packed", partial(state_space, 64, 128, packed=True)),
-    Launch("ssd, P 64, N 64, float32", partial(state_space, 64, 64, torch.float32)),
-    Launch(
-        "block_ssd, P 64, N 64, packed", partial(state_space, 64, 64, packed=True, pending=True)
-    ),
-    Launch("ssd, one token", partial(state_space, 64, 64, packed=True, length=1)),
+    _state_space("ssd, P 64, N 64", 64),
+    _state_space("ssd, P 64, N 64, packed", 64, packed=True, fast=True),
+    _state_space("ssd, P 64, N 128, packed", 128, packed=True),
+    _state_space("ssd, P 64, N 256", 256),
+    _state_space("ssd, P 64, N 64, float32", 64, torch.float32),
+    _state_space("ssd, P 64, N 128, float32", 128, torch.float32),
+    _state_space("block_ssd, P 64, N 64, packed", 64, packed=True, pending=True),
+    _state_space("ssd, one token", 64, packed=True, length=1),
     Launch("diagonal, constant decay, packed", partial(diagonal_scan, True, True)),
     Launch("diagonal, varying decay", partial(diagonal_scan, False, False)),
     Launch("gated norms, head_dim 64", partial(norms, 64)),

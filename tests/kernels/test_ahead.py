@@ -8,18 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ahead import MATRIX_PRODUCTS, TARGETS, compiled_for, matrix_flops
+from ahead import MATRIX_PRODUCTS, TARGETS, compiled_for, loop_lengths, matrix_flops
 
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 ATOMICS = "RED\\.|REDG|ATOM\\.|ATOMG|global_atomic|buffer_atomic"  # on global memory
 COPIES = "LDGSTS|UTMALDG|UBLKCP"  # asynchronous, from global to shared memory
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -111,7 +106,7 @@ def test_sparse_attention(target, head_dim, dtype, groups, far):
 def test_hot_loops_are_no_longer_than_those_of_flex_attention(head_dim):
     """Instructions for a matrix operation of the tensor cores, without a mask and with one."""
     with compiled_for("sm_90") as found:
-        launches.sparse_attention(head_dim)
+        launches.sparse_attention(head_dim, backward=False)
         flex_template.window_attention(head_dim)
     ours, theirs = (
         [len(loop) * kernel.warps / matrix_flops(loop, kernel.warps) for loop in kernel.loops]
@@ -142,13 +137,15 @@ def test_hot_loops_stay_as_short_as_they_were(target, launch):
         pytest.skip(f"the baseline is of Triton {baseline['triton']}")
     with compiled_for(target) as found:
         launch.run()
-    for kernel in found:
-        for length, before in zip(
-            (len(loop) for loop in kernel.loops),
-            baseline["loops"][target].get(f"{launch.label}: {kernel.name}", []),
-            strict=True,
-        ):
-            assert length <= 1.05 * before
+    lengths, before = loop_lengths(found), baseline["loops"][target][launch.label]
+    assert lengths.keys() == before.keys()
+    for kernel, loops in lengths.items():
+        pairs = zip(loops, before[kernel], strict=True)
+        assert all(length <= 1.05 * old for length, old in pairs), kernel
+
+
+# Work over the least of 1.00. Warps repeat some where fewer of them would spill registers.
+REPEATED = {("sm_90", "_back_to_directions"): 1.34, ("gfx942", "_back_to_directions"): 1.09}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -172,8 +169,17 @@ def test_state_space(target, directions, dtype, packed, pending):
         assert kernel.spills == 0
         assert kernel.shared <= 1024 * SHARED[target]
         assert kernel.count(ATOMICS) == 0
-        if kernel.name in names - {"_pass_on", "_step"}:
-            assert kernel.count(MATRIX_PRODUCTS) > 0
+        needed = launches.state_space_products(dtype, kernel.constants).get(kernel.name)
+        if needed is None:
+            continue
+        assert kernel.count(MATRIX_PRODUCTS) > 0
+        # sm_100's instructions hide their sizes, float32 is made of a number of products, gfx942
+        # takes the branches of pending states for loops, and longer states repeat some.
+        hidden = target == "sm_100" or (target == "gfx942" and pending)
+        if not hidden and dtype == torch.bfloat16 and directions == 64:
+            assert len(kernel.loops) == 1
+            times = matrix_flops(kernel.loops[0], kernel.warps) / needed[0]
+            assert 1 <= times <= REPEATED.get((target, kernel.name), 1)
 
 
 def test_the_meter_sees_spills_and_tensor_cores():

@@ -23,18 +23,6 @@ def views(length: int, heads: int, dim: int, directions: int) -> dict[str, Tenso
     return {"x": x, "dt": draw(2, length, heads).abs(), "A": -draw(heads).abs(), "B": B, "C": C}
 
 
-@pytest.mark.parametrize("length", [1, 40])
-@pytest.mark.parametrize(("dim", "directions"), [(1, 1), (20, 5), (16, 17)])
-def test_sizes_of_states_and_views(length, dim, directions):
-    inputs = views(length, 3, dim, directions)
-    y, final = ops.ssd(**inputs, backend="triton")
-    expected = ops.ssd(**inputs, backend="reference")
-    assert_close((y, final), expected)
-    y, final = ops.block_ssd(**inputs, chunk_size=7, chunk_shift=2, backend="triton")
-    expected = ops.block_ssd(**inputs, chunk_size=7, chunk_shift=2, backend="reference")
-    assert_close((y, final), expected)
-
-
 def everything(operation: str, inputs: dict[str, Tensor], **options) -> list[Tensor]:
     """y without its pads, the final states, and the gradients of all inputs."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
@@ -46,6 +34,17 @@ def everything(operation: str, inputs: dict[str, Tensor], **options) -> list[Ten
     return [*results, *torch.autograd.grad(results, list(leaves.values()), weights)]
 
 
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize(("dim", "directions"), [(1, 1), (20, 5), (16, 17)])
+@pytest.mark.parametrize(
+    ("operation", "options"), [("ssd", {}), ("block_ssd", {"chunk_size": 7, "chunk_shift": 2})]
+)
+def test_sizes_of_states_and_views(operation, options, length, dim, directions):
+    inputs = views(length, 4, dim, directions)  # more heads than one program adds up
+    actual = everything(operation, inputs, **options, backend="triton")
+    assert_close(actual, everything(operation, inputs, **options, backend="reference"))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("operation", "options"),
@@ -55,7 +54,8 @@ def test_states_and_gradients_pass_many_spans(operation, options, packed):
     inputs = views(100, 1, 2, 2)  # 4 spans
     inputs["dt"] *= 0.05  # what is written in the first is still there in the last
     if packed:
-        start = torch.tensor([[-4] * 100, [-1] * 40 + [40] * 60])
+        # The second row's segments begin in a tile, and with one.
+        start = torch.tensor([[-4] * 100, [-1] * 40 + [40] * 24 + [64] * 36])
         options = {**options, "segments": ops.Segments(start, torch.tensor([100, 90]))}
     actual = everything(operation, inputs, **options, backend="triton")
     assert_close(actual, everything(operation, inputs, **options, backend="reference"))

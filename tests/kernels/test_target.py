@@ -1,9 +1,12 @@
 """What the launchers ask of torch and Triton before they launch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from longctx_layers.kernels.target import DEFAULT, dot_precision, pick, target
+from longctx_layers.ops import triton_support
 
 
 def test_without_a_gpu_the_default_row():
@@ -27,3 +30,17 @@ def test_the_newer_setting_counts_too(setting, expected):
         assert dot_precision(torch.float32) == expected
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("architecture", "right"),
+    [("gfx942:sramecc+:xnack-", True), ("gfx950", True), ("gfx90a", True), ("gfx1100", False)],
+)
+def test_amd_gpus_on_which_registers_spill_are_refused(monkeypatch, architecture, right):
+    properties = SimpleNamespace(major=9, gcnArchName=architecture)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(triton_support, "INSTALLED", True)
+    monkeypatch.setattr(triton_support, "VERSION", triton_support.MINIMUM)
+    reason = triton_support.refuse_device(torch.device("cuda"), torch.bfloat16)
+    assert reason is None if right else "got gfx1100" in reason
