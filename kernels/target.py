@@ -24,12 +24,12 @@ DEFAULT = "default"  # GPUs without a row: those with 100 KiB of shared memory, 
 
 
 def target() -> str:
-    """`"sm_80"`, `"sm_90"`, `"sm_100"`, `"gfx942"`, or `"default"` for any other GPU."""
+    """`"sm_80"`, `"sm_90"`, `"sm_100"`, `"gfx942"` for those of AMD, `"default"` for any other."""
     try:
         gpu = triton.runtime.driver.active.get_current_target()
     except RuntimeError:  # no GPU: the interpreter runs the kernel
         return DEFAULT
-    return gpu.arch if gpu.backend == "hip" else f"sm_{gpu.arch}"
+    return "gfx942" if gpu.backend == "hip" else f"sm_{gpu.arch}"
 
 
 def pick(table: Mapping[str, Config]) -> Config:

@@ -96,8 +96,10 @@ def _cases(length: int) -> dict[str, Callable[[], tuple[str, dict[str, Any]]]]:
     def state(draw: _Draw) -> Tensor:
         return draw(2, 4, 64, 32)
 
-    def space(name: str, packed: bool, **options: Any) -> tuple[str, dict[str, Any]]:
-        draw = _Draw(length)
+    def space(
+        name: str, packed: bool, tokens: int = length, **options: Any
+    ) -> tuple[str, dict[str, Any]]:
+        draw = _Draw(tokens)
         given = draw.state_space(**options)
         if packed:
             pair = state(draw), state(draw)
@@ -119,13 +121,16 @@ def _cases(length: int) -> dict[str, Callable[[], tuple[str, dict[str, Any]]]]:
         "window, packed": lambda draw: draw.attention(window_size=40, segments=draw.segments()),
         "window, far keys": lambda draw: draw.attention(far=True, window_size=40),
         "chunks": lambda draw: draw.attention(chunk_size=32),
+        "one token": lambda _: _Draw(1).attention(prefix=16 * length),
     }
     return {
         **{f"attention: {name}": partial(attention, make) for name, make in patterns.items()},
         "ssd": partial(space, "ssd", False),
         "ssd: packed": partial(space, "ssd", True),
+        "ssd: one token": partial(space, "ssd", True, 1),
         "block_ssd": partial(space, "block_ssd", False, chunk_size=32),
         "block_ssd: packed": partial(space, "block_ssd", True, chunk_size=32, chunk_shift=5),
+        "block_ssd: one token": partial(space, "block_ssd", True, 1, chunk_size=32),
         "diagonal_scan": scan,
         "conv_silu": convolution,
         "gated_norms": lambda: ("gated_norms", _Draw(length).gate()),

@@ -14,6 +14,9 @@ MINIMUM = (3, 6)
 # NVIDIA architectures on which later versions only are right, by major compute capability.
 # Gradients on Hopper: https://github.com/fla-org/flash-linear-attention/issues/640 and 984.
 MINIMUM_ON = {9: (3, 7, 1)}
+# Of AMD's architectures those with matrix instructions for 64 lanes (MI200 and later): on gfx11
+# (RDNA) attention and state spaces spill hundreds of registers.
+AMD = ("gfx90a", "gfx94", "gfx95")
 
 INSTALLED = util.find_spec("triton") is not None
 VERSION = tuple(map(int, re.findall(r"\d+", metadata.version("triton"))[:3])) if INSTALLED else ()
@@ -34,9 +37,18 @@ def refuse_device(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed: pip install 'longctx-layers[triton]'"
     if dtype == torch.float64:
         return "computes in float32: float64 runs on the torch path"
-    hip = torch.version.hip is not None
     # Unlike get_device_capability, torch.compile takes the properties for a constant.
-    return refuse_version(VERSION, None if hip else torch.cuda.get_device_properties(device).major)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        return refuse_version(VERSION, properties.major)
+    return refuse_architecture(properties.gcnArchName) or refuse_version(VERSION, None)
+
+
+def refuse_architecture(name: str) -> str | None:
+    """Why an architecture of AMD, such as `"gfx942:sramecc+:xnack-"`, is not used, or None."""
+    if name.startswith(AMD):
+        return None
+    return f"needs one of {', '.join(AMD)} among AMD's GPUs, got {name}, where registers spill"
 
 
 def refuse_version(version: tuple[int, ...], capability: int | None) -> str | None:
