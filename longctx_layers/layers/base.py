@@ -203,6 +203,8 @@ class AttentionLayer(nn.Module):
             ValueError, TypeError: for shapes, dtypes, devices or states that do not fit.
         """
         self._check(x, state, segment_ids)
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not in every projection
         if x.shape[1] == 0:
             y = self.o_proj(x.new_zeros(len(x), 0, self.o_proj.in_features))
             return y, self.init_state(len(x)) if state is None else state

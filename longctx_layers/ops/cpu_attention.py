@@ -74,8 +74,8 @@ def run(
         device=q.device,
     )
     reach = min(n for n in (window_size, chunk_size, k.shape[2]) if n is not None)
-    aligned = chunk_size is not None and segments is None and k.shape[2] == q.shape[2]
-    if aligned and chunk_size is not None and not chunk_shift and chunk_size <= 256:
+    aligned = segments is None and chunk_shift == 0 and k.shape[2] == q.shape[2]
+    if aligned and chunk_size is not None and chunk_size <= 256:
         block, before = chunk_size, 0
     else:
         # Half the reach: shorter blocks make small products, longer ones see more that is masked.
