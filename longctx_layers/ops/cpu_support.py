@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 
@@ -19,7 +20,7 @@ def refuse(x: Tensor, *_: Any, **__: Any) -> str | None:
         return f"needs tensors on a CPU, got one on {x.device}"
     if torch.compiler.is_compiling():
         return "is not for compilers, which fuse the torch path themselves"
-    if type(x) not in (Tensor, nn.Parameter):
+    if type(x) not in (Tensor, nn.Parameter, FakeTensor):  # fake ones stand for plain ones
         return f"needs plain tensors, got a {type(x).__name__}"
     # Neither has a public question: whether torch.func transforms, or duals, are in the making.
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
