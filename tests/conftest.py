@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +15,10 @@ settings.load_profile("fast")
 # Parallel tests already use every core; torch's own threads on top would only fight over them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_calls_take_the_fast_path():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longctx_layers.ops.cpu_attention.FEWEST_SCORES", 200)
+        yield

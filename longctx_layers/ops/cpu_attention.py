@@ -20,7 +20,7 @@ from longctx_layers.ops.merge import far_attention, merge
 from longctx_layers.ops.segments import Segments, cover, range_start
 
 LONGEST_REACH = 4096  # of keys: beyond, a head's scores would leave the cache
-FEWEST_QUERIES = 32
+FEWEST_SCORES = 2**14  # of a head: with fewer, calling operations takes longer than running them
 
 _softmax = torch.ops.aten._softmax.out
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
@@ -43,8 +43,9 @@ def refuse(
         return "needs a window or a chunk"
     if min(n for n in (window_size, chunk_size) if n is not None) > LONGEST_REACH:
         return f"takes windows and chunks of up to {LONGEST_REACH} keys"
-    if q.shape[2] < FEWEST_QUERIES:
-        return f"needs at least {FEWEST_QUERIES} queries, got {q.shape[2]}"
+    reach = min(n for n in (window_size, chunk_size, k.shape[2]) if n is not None)
+    if (count := q.shape[2] * reach) < FEWEST_SCORES:
+        return f"needs at least {FEWEST_SCORES:,} queries times keys of a head, got {count:,}"
     if dropout_p > 0:
         return f"drops no attention weights, got dropout_p = {dropout_p}"
     return None
