@@ -1,5 +1,6 @@
 """The state-space kernels: sizes, views and offsets, one token, and the operator."""
 
+import op_cases
 import pytest
 import torch
 from torch import Tensor
@@ -61,6 +62,20 @@ def test_states_and_gradients_pass_many_spans(operation, options, packed):
     assert_close(actual, everything(operation, inputs, **options, backend="reference"))
 
 
+# Each shift lets the token stand elsewhere in its chunk.
+BLOCKS = [("block_ssd", {"chunk_size": 3, "chunk_shift": shift}) for shift in range(3)]
+
+
+@pytest.mark.parametrize("start", [None, [[-4], [0]]])
+@pytest.mark.parametrize(("operation", "options"), [("ssd", {}), *BLOCKS])
+def test_one_token_on_states(operation, options, start):
+    inputs = op_cases.inputs(operation, 2, 1)
+    if start is not None:
+        options = {**options, "segments": ops.Segments(torch.tensor(start), torch.tensor([1, 1]))}
+    actual = op_cases.results(operation, inputs, **options, backend="triton")
+    assert_close(actual, op_cases.results(operation, inputs, **options, backend="reference"))
+
+
 def test_states_too_large_are_refused():
     with pytest.raises(ValueError, match="N of at most"):
         ops.ssd(**views(2, 1, 1, 257), backend="triton")
@@ -75,10 +90,15 @@ def test_offsets_beyond_32_bits():
     x = torch.randn(shape, dtype=torch.float16)
     spread.copy_(x)
     rest = {"dt": torch.rand(1, length, 1), "A": -torch.ones(1)}
-    given = {"B": spread[:, :, 0], "C": spread[:, :, 0], **rest}
-    y, _ = ops.ssd(spread, **given, backend="triton")
-    expected, _ = ops.ssd(x, B=x[:, :, 0], C=x[:, :, 0], **rest, backend="reference")
-    assert_close(y, expected, rtol=0, atol=1e-2)  # rounding of fp16, not garbage
+
+    def run(x: Tensor, backend: str) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        y, _ = ops.ssd(x, B=x[:, :, 0], C=x[:, :, 0], **rest, backend=backend)
+        return [y, *torch.autograd.grad(y.sum(), x)]
+
+    for found, expected in zip(run(spread, "triton"), run(x, "reference"), strict=True):
+        largest = expected.abs().max().item()
+        assert_close(found, expected, rtol=0, atol=1e-2 * largest)  # rounding of fp16, not garbage
 
 
 def call(pending: bool) -> tuple:
