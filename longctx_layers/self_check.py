@@ -121,7 +121,7 @@ def _cases(length: int) -> dict[str, Callable[[], tuple[str, dict[str, Any]]]]:
         "window, packed": lambda draw: draw.attention(window_size=40, segments=draw.segments()),
         "window, far keys": lambda draw: draw.attention(far=True, window_size=40),
         "chunks": lambda draw: draw.attention(chunk_size=32),
-        "one token": lambda _: _Draw(1).attention(prefix=16 * length),
+        "one token": lambda _: _Draw(1).attention(prefix=8 * length),
     }
     return {
         **{f"attention: {name}": partial(attention, make) for name, make in patterns.items()},
