@@ -25,6 +25,7 @@ for case in LAYER_CASES:
     for name, parameter in single.named_parameters():
         shared = replica.module.get_parameter(name).grad
         assert_close(shared, parameter.grad, rtol=1e-9, atol=1e-9, msg=f"{case} {name}")
+del replica  # it holds the group, whose threads must end before the interpreter does
 dist.destroy_process_group()
 """
 
