@@ -203,12 +203,14 @@ class AttentionLayer(nn.Module):
             ValueError, TypeError: for shapes, dtypes, devices or states that do not fit.
         """
         self._check(x, state, segment_ids)
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not in every projection
+        device = x.device.type
+        # Autocast would round x in every projection; float64 it leaves alone.
+        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
         if x.shape[1] == 0:
             y = self.o_proj(x.new_zeros(len(x), 0, self.o_proj.in_features))
             return y, self.init_state(len(x)) if state is None else state
-        if self.grain is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.grain is None or device != "cpu" or torch.compiler.is_compiling():
             return self._run(x, state, segment_ids)
         return by_rows(partial(self._run, grain=self.grain), x, state, segment_ids)
 

@@ -69,8 +69,9 @@ class SelectiveProjection(nn.Module):
         if before is None:
             before = z.new_zeros(len(z), CONV_WIDTH - 1, self.channels)
         before = before.to(z.dtype)
-        # Without segments rows end together: no need to copy all of z for its end.
-        recent = z[:, 1 - CONV_WIDTH :] if segments is None else z
+        # Rows without pads end together: no need to copy all of z for its end.
+        packed = segments is not None and segments.packed
+        recent = z if packed else z[:, 1 - CONV_WIDTH :]
         conv = tail(torch.cat([before, recent], dim=1), CONV_WIDTH - 1, segments)
         z = conv_silu(z, self.conv, before=before, segments=segments)
         inner = self.n_heads * self.head_dim

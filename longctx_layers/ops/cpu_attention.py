@@ -43,12 +43,16 @@ def refuse(
         return "needs a window or a chunk"
     if min(n for n in (window_size, chunk_size) if n is not None) > LONGEST_REACH:
         return f"takes windows and chunks of up to {LONGEST_REACH} keys"
-    reach = min(n for n in (window_size, chunk_size, k.shape[2]) if n is not None)
-    if (count := q.shape[2] * reach) < FEWEST_SCORES:
+    if (count := q.shape[2] * _reach(window_size, chunk_size, k)) < FEWEST_SCORES:
         return f"needs at least {FEWEST_SCORES:,} queries times keys of a head, got {count:,}"
     if dropout_p > 0:
         return f"drops no attention weights, got dropout_p = {dropout_p}"
     return None
+
+
+def _reach(window_size: int | None, chunk_size: int | None, k: Tensor) -> int:
+    """The most keys that a query sees."""
+    return min(n for n in (window_size, chunk_size, k.shape[2]) if n is not None)
 
 
 def run(
@@ -74,7 +78,7 @@ def run(
         chunk_shift=chunk_shift,
         device=q.device,
     )
-    reach = min(n for n in (window_size, chunk_size, k.shape[2]) if n is not None)
+    reach = _reach(window_size, chunk_size, k)
     aligned = segments is None and chunk_shift == 0 and k.shape[2] == q.shape[2]
     if aligned and chunk_size is not None and chunk_size <= 256:
         block, before = chunk_size, 0

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -48,8 +49,8 @@ def scan_tiles(
     """
     tiles = cover(x.shape[1], tile)
     back = tiles * tile - x.shape[1]
-    padded_decay = torch.nn.functional.pad(log_decay, (0, 0, 0, back))
-    sums = segment_sums(padded_decay.unflatten(1, (tiles, tile)).mT)  # [B, n, H, L]
+    log_decay = F.pad(log_decay, (0, 0, 0, back)).unflatten(1, (tiles, tile))
+    sums = segment_sums(log_decay.mT)  # [B, n, H, L]
     start = None if segments is None else tile_starts(segments.start, tiles, tile)
     y, before, added = _Scan.apply(x, dt, sums, B, C, initial, start, within)
     fade = sums[:, -1, :, -1].exp().to(initial.dtype)
@@ -110,7 +111,7 @@ class _Scan(torch.autograd.Function):
         dadded = dstates[:, 1:]
         ddecay = (before[:, :-1] * dadded[:, :-1]).sum((-1, -2), keepdim=True)
         dtotal = (ddecay * tiles.decay[:, :-1]).flatten(2).double()
-        dtotal = torch.nn.functional.pad(dtotal, (0, 0, 0, 1))  # [B, n, H]
+        dtotal = F.pad(dtotal, (0, 0, 0, 1))  # [B, n, H]
 
         # Reads and writes: the exponents' gradients are those of the faded values.
         dread = (faded.view_as(dy) * tiles.read(before)).sum(-1)

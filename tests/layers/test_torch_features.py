@@ -43,6 +43,14 @@ def test_autocast(case, x):
 
 
 @CASES
+def test_autocast_leaves_float64_alone(case, x):
+    layer, x = small_layer(case), x.double()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(layer(x), expected)
+
+
+@CASES
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(case, use_reentrant, x):
     layer = small_layer(case, dtype=torch.float32)
