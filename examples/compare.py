@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from compare_report import BLOCKS, draw_lengths, draw_losses, draw_positions, page
+from output import write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from training.checkpoints import newest_checkpoint, read_checkpoint
@@ -203,14 +203,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     write(args.output_dir / "report.md", report)
     print("\n" + report + f"\nWritten to {args.output_dir}/")
     return metrics
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from output import buckets
 
 # Okabe and Ito's palette, with a mark for each: told apart by colour-blind readers, and in grey.
 STYLES = {
@@ -58,16 +59,6 @@ def draw_losses(metrics: dict[str, Any]) -> bytes:
     if lasts:  # the first steps' fall would press the rest together
         axes.set_ylim(min(lasts) - 0.05, sorted(lasts)[int(0.95 * len(lasts))] + 0.05)
     return _png(figure, axes)
-
-
-def buckets(losses: list[float]) -> list[tuple[int, int, float]]:
-    """Mean loss over positions 1-16, 17-32, 33-64, ...: `(first, last, mean)`."""
-    found, low, high = [], 0, 16
-    while low < len(losses):
-        part = losses[low:high]
-        found.append((low + 1, low + len(part), sum(part) / len(part)))
-        low, high = high, 2 * high
-    return found
 
 
 def draw_positions(metrics: dict[str, Any]) -> bytes:

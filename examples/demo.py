@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import random
 import sys
 import sysconfig
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from demo_report import draw_loss_curves, draw_positions, page
+from output import write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -173,14 +172,6 @@ def paired(first: Tensor, second: Tensor) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def write(folder: Path, name: str, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, folder / name)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     length = 4 * args.sequence_length  # of validation
@@ -240,12 +231,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "prompt": bytes(prompt.tolist()).decode(errors="replace"),
         "continuation": bytes(text[len(prompt) :].tolist()).decode(errors="replace"),
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write(args.output_dir, "loss_curves.png", draw_loss_curves(metrics))
-    write(args.output_dir, "loss_by_position.png", draw_positions(metrics))
-    write(args.output_dir, "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    write(args.output_dir / "loss_curves.png", draw_loss_curves(metrics))
+    write(args.output_dir / "loss_by_position.png", draw_positions(metrics))
+    write(args.output_dir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     report = page(metrics)
-    write(args.output_dir, "report.md", report.encode())
+    write(args.output_dir / "report.md", report)
     print("\n" + report + f"\nWritten to {args.output_dir}/")
     return metrics
 

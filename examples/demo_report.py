@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from output import buckets
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {"dpassm": "#0072B2", "window": "#D55E00"}
@@ -36,16 +37,6 @@ def draw_loss_curves(metrics: dict[str, Any]) -> bytes:
     axes.set(xlabel="training step", ylabel="training loss (nats per byte)")
     axes.set_title("Same tokens, same number of parameters")
     return _finish(figure, axes)
-
-
-def buckets(losses: list[float]) -> list[tuple[int, int, float]]:
-    """Mean loss over positions 1-16, 17-32, 33-64, ...: `(first, last, mean)`."""
-    found, low, high = [], 0, 16
-    while low < len(losses):
-        part = losses[low:high]
-        found.append((low + 1, low + len(part), sum(part) / len(part)))
-        low, high = high, 2 * high
-    return found
 
 
 def draw_positions(metrics: dict[str, Any]) -> bytes:

@@ -16,7 +16,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from output import write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -181,14 +181,6 @@ def page(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, name: str, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, folder / name)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     model = load(args)
@@ -218,11 +210,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         },
         "pieces": records,
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     title = f"{metrics['model']}, {args.dtype}, in pieces of {args.piece:,}"
-    write(args.output_dir, "stream.png", draw(records, title))
-    write(args.output_dir, "stream.json", (json.dumps(metrics, indent=1) + "\n").encode())
-    write(args.output_dir, "stream.md", page(metrics).encode())
+    write(args.output_dir / "stream.png", draw(records, title))
+    write(args.output_dir / "stream.json", json.dumps(metrics, indent=1) + "\n")
+    write(args.output_dir / "stream.md", page(metrics))
     print("\n" + page(metrics) + f"\nWritten to {args.output_dir}/")
     return metrics
 
