@@ -13,6 +13,7 @@ from longctx_layers.layers.ssm import (
     DiagonalSSM,
     SelectiveProjection,
     no_conv,
+    restarting,
 )
 from longctx_layers.layers.state import Field
 from longctx_layers.layers.window import WindowAttention
@@ -164,5 +165,5 @@ class DPASSM(WindowAttention):
             return self.heads(s, self.n_heads), no_conv(s), h
         assert self.state_space is not None
         inputs = self.state_space(x, None if state is None else state.conv, segments)
-        s, h = ssd(*inputs[:5], initial_state=h, segments=segments)
-        return s + self.skip[:, None].to(s.dtype) * inputs.x, inputs.conv, h
+        s, h = ssd(*inputs[:5], initial_state=h, segments=restarting(segments))
+        return torch.addcmul(s, inputs.x, self.skip[:, None].to(s.dtype)), inputs.conv, h

@@ -65,13 +65,12 @@ class SelectiveProjection(nn.Module):
         self, u: Tensor, before: Tensor | None, segments: Segments | None
     ) -> SelectiveInputs:
         """Project and convolve `[B, T, D]`; `before` is the state's `conv`."""
-        z = self.in_proj(u)
+        z, segments = self.in_proj(u), restarting(segments)
         if before is None:
             before = z.new_zeros(len(z), CONV_WIDTH - 1, self.channels)
         before = before.to(z.dtype)
         # Rows without pads end together: no need to copy all of z for its end.
-        packed = segments is not None and segments.packed
-        recent = z if packed else z[:, 1 - CONV_WIDTH :]
+        recent = z[:, 1 - CONV_WIDTH :] if segments is None else z
         conv = tail(torch.cat([before, recent], dim=1), CONV_WIDTH - 1, segments)
         z = conv_silu(z, self.conv, before=before, segments=segments)
         inner = self.n_heads * self.head_dim
@@ -108,10 +107,15 @@ class DiagonalSSM(nn.Module):
         precise = torch.promote_types(u.dtype, torch.float32)
         log_decay = -torch.exp(self.log_rate.to(precise))
         h, final = diagonal_scan(
-            self.B_proj(u), log_decay, initial_state=initial, segments=segments
+            self.B_proj(u), log_decay, initial_state=initial, segments=restarting(segments)
         )
         s: Tensor = self.C_proj(h)
         return s, final
+
+
+def restarting(segments: Segments | None) -> Segments | None:
+    """The segments, or None where one goes on in every row, and so nothing restarts or is a pad."""
+    return segments if segments is not None and segments.packed else None
 
 
 def no_conv(x: Tensor) -> Tensor:

@@ -143,6 +143,8 @@ def tail(x: Tensor, size: int, segments: Segments | None, first: Tensor | None =
     total = x.shape[1]
     if first is None and (segments is None or not segments.packed):
         kept = x[:, max(total - size, 0) :]
+        if kept.shape[1] == size:
+            return kept.clone(memory_format=torch.contiguous_format)
         return torch.cat([x.new_zeros(len(x), size - kept.shape[1], *x.shape[2:]), kept], dim=1)
     assert segments is not None
     length = segments.start.shape[1]

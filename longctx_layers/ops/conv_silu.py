@@ -70,7 +70,8 @@ def _torch(
     padded = F.pad(x, (0, 0, width - 1, 0)) if before is None else torch.cat([before, x], dim=1)
     precise = torch.promote_types(x.dtype, torch.float32)
     taps = weight.to(precise).mT.contiguous()  # a strided one would not be vectorised
-    y = x.to(precise) * taps[-1]
+    # Off the padded copy, not x: one of them less is kept for the backward.
+    y = padded[:, width - 1 :].to(precise) * taps[-1]
     for back in range(1, width):
         earlier = padded[:, width - 1 - back : width - 1 - back + length]
         if segments is not None:

@@ -286,7 +286,9 @@ def step(inputs: Inputs, state: Tensor, alive: Tensor | None, write: bool = True
     if alive is not None:
         decay = decay * alive
     state = decay[..., None, None] * state
-    return state + inputs.u[:, 0, ..., None] * inputs.B[:, 0, None, None] if write else state
+    if not write:
+        return state
+    return torch.addcmul(state, inputs.u[:, 0, ..., None], inputs.B[:, 0, None, None])
 
 
 def read_one(inputs: Inputs, state: Tensor) -> Tensor:

@@ -143,3 +143,14 @@ def test_dropout_acts_in_training_only(name, x):
     first = layer(x)[0]
     assert (first != layer(x)[0]).any()
     assert first.eq(0).any()
+
+
+@pytest.mark.parametrize("case", ["dpassm", "vanilla"])
+def test_training_goes_on_from_what_inference_mode_has_kept(case):
+    """Rotary tables are kept between calls; tensors of inference mode could not be saved."""
+    layer, x = small_layer(case, rope_base=777.0), torch.randn(1, 37, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        expected, _ = layer(x)
+    y, _ = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, expected)
