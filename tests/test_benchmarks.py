@@ -5,12 +5,12 @@ import runpy
 from argparse import Namespace
 from pathlib import Path
 
+import by_length
 import memory
 import model_targets
 import peers
 import peers_table
 import pytest
-import report
 import targets
 import torch
 from common import RUNS, Shape
@@ -127,18 +127,18 @@ def test_peak_memory_is_that_of_the_call():
     assert 3 <= peak / (4 * length * shape.d_model) < 3.5
 
 
-@pytest.mark.parametrize("kind", report.CONTENDERS)
-def test_report(kind, tmp_path):
+@pytest.mark.parametrize("kind", by_length.CONTENDERS)
+def test_by_length(kind, tmp_path):
     lengths = ["--lengths", "16", "32", "--quadratic-up-to", "16"]
-    report.main([*SMALL, *lengths, "--only", kind, "--output", str(tmp_path)])
+    by_length.main([*SMALL, *lengths, "--only", kind, "--output", str(tmp_path)])
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {f"{kind}.json", f"{kind}.md", f"{kind}_time.png"}
     rows = json.loads((tmp_path / f"{kind}.json").read_text())["rows"]
     measured = {(row["name"], row["run"], row["length"]) for row in rows}
-    for name in report.CONTENDERS[kind]:
+    for name in by_length.CONTENDERS[kind]:
         for run in RUNS:
             assert (name, run, 16) in measured
-            assert ((name, run, 32) in measured) == (name not in report.QUADRATIC)
+            assert ((name, run, 32) in measured) == (name not in by_length.QUADRATIC)
 
 
 def test_peers_table(tmp_path):

@@ -1,6 +1,6 @@
 """Time, memory and state of every layer and operation, by length: tables, plots and slopes.
 
-    python benchmarks/report.py [--lengths 1024 4096 ...] [--output reports/bench]
+    python benchmarks/by_length.py [--lengths 1024 4096 ...] [--output reports/bench]
 
 Times are medians of rounds in which all contenders take turns, in one process. Peak memory is
 measured in a process of its own for each number. Linux only.
