@@ -127,6 +127,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[LongContextLM, dict[s
         raise ValueError(
             f"checkpoint: expected one that examples/train.py wrote, got {path}: {error}"
         ) from error
+    if foreign := [name for name in saved["tokenizer"] if Path(name).name != name]:
+        raise ValueError(
+            f"checkpoint: expected tokenizer files without a path, got {foreign} in {path}; do not "
+            "trust it"
+        )
     model = LongContextLM(ModelConfig.from_dict(saved["config"]), device="meta")
     prefix = "model."
     weights = {

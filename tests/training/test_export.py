@@ -33,9 +33,12 @@ def test_export(export, tokenizer, tmp_path, monkeypatch, capsys):
 
 def test_errors(export, tmp_path, capsys):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    saved = {"tokenizer": {"../outside.json": torch.zeros(1, dtype=torch.uint8)}}
+    torch.save({"state_dict": {}, "longctx": saved}, tmp_path / "climbing.ckpt")
     for name, message in (
         ("none.ckpt", "expected a file"),
         ("other.ckpt", "examples/train.py wrote"),
+        ("climbing.ckpt", "files without a path"),
     ):
         with pytest.raises(SystemExit):
             export(["--checkpoint", str(tmp_path / name), "--output", str(tmp_path / "model")])
