@@ -47,7 +47,7 @@ def test_gated_norms(target, dim):
     assert [kernel.name for kernel in found] == ["_forward", "_backward"]
     for kernel in found:
         assert kernel.spills == 0
-        assert kernel.registers <= 128
+        assert kernel.registers <= (128 if dim <= 64 else 168)
         if dim != 48 and not target.startswith("gfx"):
             assert kernel.count(r"LDG\.E\.128|LDG\.E\.\w+\.128") >= 3  # z, o and s
 
