@@ -40,6 +40,7 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
     """
     content: dict[str, Any] = {
         "format": FORMAT,
+        "model_type": "longctx",  # by which transformers knows it: see longctx_layers.hf
         "format_version": FORMAT_VERSION,
         "library_version": _library_version(),
         # In both files: a save that was interrupted between them is noticed on loading.

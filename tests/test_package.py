@@ -17,11 +17,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXTRAS = {"triton", "flash", "flash4", "liger", "train", "deepspeed", "hf", "bench", "docs", "dev"}
 HEAVY = [
+    "accelerate",
     "datasets",
     "flash_attn",
     "liger_kernel",
     "lightning",
     "matplotlib",
+    "peft",
     "tokenizers",
     "transformers",
     "triton",

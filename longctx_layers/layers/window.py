@@ -114,9 +114,11 @@ class WindowAttention(AttentionLayer):
         assert self.global_v_proj is not None
         index = starts[..., None] + torch.arange(self.n_global_tokens, device=x.device)
         flat = index.clamp(0, x.shape[1] - 1).flatten(1)[..., None].expand(-1, -1, x.shape[2])
-        tokens = x.gather(1, flat).unflatten(1, index.shape[1:])
-        k = self.heads(self.global_k_proj(tokens), self.n_kv_heads)
-        v = self.heads(self.global_v_proj(tokens), self.n_kv_heads)
+        tokens = x.gather(1, flat)
+        k, v = (
+            self.heads(projection(tokens), self.n_kv_heads).unflatten(1, index.shape[1:])
+            for projection in (self.global_k_proj, self.global_v_proj)
+        )
         if self.k_norm is not None:
             k = self.k_norm(k)
         index = index[..., None, None]

@@ -1,0 +1,19 @@
+"""The models as transformers has them: needs the extra `hf`.
+
+Importing this module registers them, so that `AutoConfig` and `AutoModelForCausalLM` know the
+folders that they saved.
+
+    import longctx_layers.hf
+    model = AutoModelForCausalLM.from_pretrained("folder")
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longctx_layers.hf.cache import LongCtxCache
+from longctx_layers.hf.config import MODEL_TYPE, LongCtxConfig
+from longctx_layers.hf.modeling import LongCtxForCausalLM
+
+AutoConfig.register(MODEL_TYPE, LongCtxConfig, exist_ok=True)
+AutoModelForCausalLM.register(LongCtxConfig, LongCtxForCausalLM, exist_ok=True)
+
+__all__ = ["LongCtxCache", "LongCtxConfig", "LongCtxForCausalLM"]

@@ -1,0 +1,199 @@
+"""`LongContextLM` as a causal language model of transformers: its call, and `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from longctx_layers.hf.cache import (
+    CACHE_NAME,
+    LongCtxCache,
+    check_cache_implementation,
+    expect_cache,
+)
+from longctx_layers.hf.inputs import call_segments
+from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
+from longctx_layers.ops.checks import expect_shape
+
+
+class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
+    """A `LongContextLM` that transformers, PEFT, accelerate and lm-eval can work with.
+
+    The model itself is `self.model`: `logits, state = hf.model(ids, state, return_state=True)`
+    streams as ever.
+
+    Args:
+        config: the shape of the model.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LongCtxCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segment_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cache: LongCtxCache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits, and what was asked for besides.
+
+        Args:
+            input_ids: `[B, T]` token ids.
+            attention_mask: `[B, S]`, 0 at pads, which may stand anywhere; of the whole sequence so
+                far, or of these T tokens.
+            position_ids: `[B, T]`: a document begins where they do not go up by one. The layers
+                find positions themselves, and a document's first value says nothing.
+            past_key_values: a `LongCtxCache`, which moves on by T tokens.
+            inputs_embeds: `[B, T, hidden_size]`, in place of input_ids.
+            labels: `[B, T]` token ids, those of input_ids; -100 is ignored.
+            use_cache: whether to make a cache where none is given; `config.use_cache` by default,
+                and False in training.
+            output_attentions: must be false: the layers form no attention weights.
+            output_hidden_states: whether to return the inputs of all blocks, and the last output.
+            return_dict: whether to return a `CausalLMOutputWithPast`, or else its tuple.
+            logits_to_keep: compute the logits of the last n columns only; 0 for all of them. Or
+                the indices of the columns.
+            segment_ids, seq_idx: `[B, T]` integers, equal in a document, negative at pads.
+            cu_seq_lens_q: `[n + 1]`, where the documents of one row begin and end. These three and
+                position_ids are what `DataCollatorWithFlattening` can make; one will do.
+            cache: past_key_values by its name in transformers 5.24 and later.
+            kwargs: for the loss: `num_items_in_batch`.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit each other or the model.
+        """
+        config = self.config
+        if output_attentions or (output_attentions is None and config.output_attentions):
+            raise ValueError(
+                "output_attentions: expected False, got True; these layers never form the "
+                "attention weights: leave it out"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        x = self._embedded(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        ids = call_segments(
+            (x.shape[0], x.shape[1]),
+            None if cache is None else cache.held_segment(),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens=cu_seq_lens_q,
+        )
+        run = partial(self._run, keep_hidden=bool(output_hidden_states))
+        hidden = run(x, None, ids)[0] if cache is None else cache.advance(run, x, ids)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.project(hidden[-1][:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs
+            )
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+            **named,
+        )
+        as_dict = config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"expected input_ids or inputs_embeds, got {given}; pass one of them")
+        if input_ids is None:
+            return cast("Tensor", self.model.dropout(inputs_embeds))
+        expect_shape("input_ids", input_ids, (None, None), "[B, T]")
+        try:
+            return cast("Tensor", self.model.dropout(self.model.embedding(input_ids)))
+        except IndexError as error:  # costs nothing, but is raised on the CPU only
+            raise ValueError(
+                f"input_ids: expected token ids in [0, {self.config.vocab_size}), got ids from "
+                f"{int(input_ids.min())} to {int(input_ids.max())}; use the tokenizer of this "
+                "vocabulary, or resize_token_embeddings"
+            ) from error
+
+    def _cache(self, given: Any, use_cache: bool | None) -> LongCtxCache | None:
+        if given is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            return LongCtxCache() if use_cache else None
+        cache = expect_cache(given)
+        cache.settle(self._run)
+        if len(cache) not in (0, len(self.model.blocks)):
+            raise ValueError(
+                f"past_key_values: expected states of {len(self.model.blocks)} blocks, got "
+                f"{len(cache)}; pass a cache of this model, or an empty LongCtxCache()"
+            )
+        return cache
+
+    def _run(
+        self, x: Tensor, state: Any, segment_ids: Tensor | None, keep_hidden: bool = False
+    ) -> tuple[list[Tensor], Any]:
+        """The blocks and the last norm: what goes into each block, if kept, and comes out last."""
+        model = self.model
+        call: Callable[..., Any] = nn.Module.__call__
+        if model.gradient_checkpointing and torch.is_grad_enabled():
+            call = getattr(model, "_gradient_checkpointing_func", None) or partial(
+                checkpoint, use_reentrant=False
+            )
+        hidden, states = [], []
+        for i, block in enumerate(model.blocks):
+            if keep_hidden:
+                hidden.append(x)
+            x, after = call(block, x, None if state is None else state[i], segment_ids)
+            states.append(after)
+        return [*hidden, model.norm(x)], tuple(states)
+
+    # ---- What generate asks of a model
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # what else it gets has changed
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        check_cache_implementation(
+            generation_config.cache_implementation,
+            constant=self.model.state_size(1) == self.model.state_size(0),
+        )
+        if (ids := model_kwargs.get("segment_ids")) is not None:
+            raise ValueError(
+                f"generate: expected one prompt a row, got segment_ids {list(ids.shape)}; pad the "
+                "prompts at the left, and pass attention_mask"
+            )
+        cache = model_kwargs.get(CACHE_NAME)
+        given = cache is not None
+        if not given and generation_config.use_cache is False:
+            return
+        model_kwargs[CACHE_NAME] = expect_cache(cache) if given else LongCtxCache()
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        model_kwargs[CACHE_NAME].begin_generation(
+            given=given, assisted=assisted or generation_config.is_assistant
+        )
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: the mask says where the pads are, and the layers find positions themselves."""

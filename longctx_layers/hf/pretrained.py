@@ -1,0 +1,130 @@
+"""What every model here has: its weights, loaded, tied, drawn and handed to and fro."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from longctx_layers.hf.config import LongCtxConfig
+from longctx_layers.layers.base import draw_weight
+from longctx_layers.model import LongContextLM
+
+Model = TypeVar("Model", bound="LongCtxPreTrainedModel")
+
+
+class LongCtxPreTrainedModel(PreTrainedModel):
+    """A `LongContextLM`, `self.model`, whose weights transformers can manage.
+
+    Args:
+        config: the shape of the model.
+    """
+
+    config_class = LongCtxConfig
+    base_model_prefix = "model"  # so that weights of LongContextLM.save_pretrained find their place
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+    _supports_context_parallel = False
+
+    def __init__(self, config: LongCtxConfig) -> None:
+        super().__init__(config)
+        shape = config.to_model_config()
+        # With a head of its own, which transformers ties, resizes and places on a device.
+        self.model = LongContextLM(replace(shape, tie_embeddings=False))
+        self.model.config = shape
+        if self.model.embedding.weight.device.type != "meta":
+            for parameter in self.parameters():  # drawn by the model itself: not again
+                cast("Any", parameter)._is_hf_initialized = True
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it; folders of `LongContextLM.save_pretrained` will do as well.
+
+        Raises:
+            ValueError: also for a `device_map` that leaves blocks on a disk, or off the device that
+                computes them.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if away:
+            raise ValueError(
+                "from_pretrained: expected a device_map with every block on a device that "
+                f"computes, got {len(away)} weights that are offloaded ({away[0]}); a block needs "
+                "all of its weights at once: load the model on the CPU, then call "
+                "accelerate.cpu_offload or disk_offload(model, ..., "
+                "preload_module_classes=['Block'])"
+            )
+        return loaded
+
+    # ---- The model of transformers and our own, back and forth
+
+    @classmethod
+    def from_native(cls: type[Model], model: LongContextLM) -> Model:
+        """The same model for transformers; both share their weights."""
+        config = LongCtxConfig.from_model_config(model.config)
+        config.dtype = model.embedding.weight.dtype
+        with torch.device("meta"):
+            made = cls(config)
+        weights = model.state_dict()
+        if model.config.tie_embeddings:
+            weights["head.weight"] = weights["embedding.weight"]
+        made.model.load_state_dict(weights, assign=True)
+        made.tie_weights()
+        made.model.gradient_checkpointing = model.gradient_checkpointing
+        return cast("Model", made.train(model.training))
+
+    def to_native(self) -> LongContextLM:
+        """The same model without transformers, e.g. to save it for `LongContextLM.from_pretrained`.
+
+        Both share their weights.
+        """
+        weights = self.model.state_dict()
+        if self.model.config.tie_embeddings:
+            del weights["head.weight"]
+        native = LongContextLM(self.model.config, device="meta")
+        native.load_state_dict(weights, assign=True)
+        native.gradient_checkpointing = self.model.gradient_checkpointing
+        return native.train(self.training)
+
+    # ---- Weights: first values, embeddings
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw the weights that a checkpoint lacked, as the model draws its own."""
+        given = {p for p in self.parameters() if getattr(p, "_is_hf_initialized", False)}
+        if len(given) == len(list(self.parameters())):
+            return
+        kept = [(parameter, parameter.clone()) for parameter in given]
+        self.model.reset_parameters()
+        for parameter, value in kept:
+            parameter.copy_(value)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Of resized embeddings and heads.
+        if isinstance(module, (nn.Embedding, nn.Linear)):
+            draw_weight(module.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of token ids."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of token ids."""
+        self.model.embedding = cast("nn.Embedding", value)
+        size = self.model.embedding.weight.shape[0]
+        self.model.config = replace(self.model.config, vocab_size=size)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, whose weight is the embedding's in a tied model."""
+        return cast("nn.Module", self.model.head)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.model.head = cast("nn.Linear", new_embeddings)
