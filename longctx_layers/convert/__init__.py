@@ -1,0 +1,170 @@
+"""Conversion of pretrained models: their attention becomes a layer of this library, in place.
+
+from longctx_layers.convert import convert_attention
+model = AutoModelForCausalLM.from_pretrained(...)
+model = convert_attention(model, "dpassm", window_size=1024)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "longctx_layers.convert: expected the package transformers, which is not installed; "
+        "pip install 'longctx-layers[hf]'"
+    ) from error
+
+from longctx_layers.convert.attention import ConvertedAttention, hand_over_segments
+from longctx_layers.convert.families import Site, attention_sites, build_like, find_decoder
+from longctx_layers.layers import layer_options
+from longctx_layers.ops.checks import expect_positive
+
+RECORD = "longctx_attention"
+# The pretrained model decides these, or its weights do.
+_GIVEN = ("n_kv_heads", "rope_base", "dropout", "projection", "device", "dtype")
+
+
+def convert_attention(
+    model: nn.Module,
+    block_type: str = "dpassm",
+    *,
+    layers: Sequence[int] | None = None,
+    dropout: float | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Replace the attention of a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, in place.
+
+    The q, k, v and o projections stay (the very modules, where they are linear layers: with their
+    biases, adapters and place in an optimizer), and so do grouped heads, head_dim, q/k norms and
+    the base of the rotary embedding. With `dpassm` the state space joins by `fuse="residual"`: it
+    adds nothing at first and still learns. So the converted model computes what the original does,
+    up to rounding, for sequences that the window covers, and beyond them what the original does
+    with a sliding window of that size. The same holds for `window`, `vanilla` and the two baselines
+    (but for what these see outside their window). It does not for `blade` with a state, and for
+    `fuse="gate"`, which begin as something new: they need more training.
+
+    `generate`, caches, beams, attention masks `[B, T]` and packed rows (position_ids that start
+    again, without a mask and a cache) go on working. The layers' states live in the cache that the
+    model makes or is given, in place of keys and values. Tokens that a mask leaves out are no-ops
+    and take no place in the window.
+
+    Args:
+        model: of transformers: a whole model (e.g. for causal language modelling) or its decoder.
+            Convert before torch.compile, FSDP or DDP; it may be on the meta device.
+        block_type: a name in `LAYERS`.
+        layers: indices of the layers to convert, negative ones from the end; None for all. If some
+            keep their attention, their keys, values and masks grow as before.
+        dropout: of the attention weights and of the output, in training. None for that of the
+            model, which must then be one number for both.
+        options: of the layer, e.g. `window_size`, `ssm_state_dim`; see its class.
+
+    Returns:
+        The model itself. `model.config` now has the record `longctx_attention`, from which
+        `load_converted` builds it again.
+
+    Raises:
+        ValueError, TypeError: for models, layers or options that cannot be converted; what cannot
+            be kept (scaled rotary embeddings, cross-attention, sinks, caps on scores) is refused
+            before anything is changed.
+    """
+    decoder = find_decoder(model)
+    sites = attention_sites(decoder)
+    chosen = _chosen(layers, len(sites))
+    done = [i for i, site in enumerate(sites) if isinstance(site.attention, ConvertedAttention)]
+    if twice := sorted(set(done) & set(chosen)):
+        raise ValueError(
+            f"layers: expected layers with the model's own attention, got {twice}, which are "
+            "converted already; leave them out"
+        )
+    options = _completed(block_type, options)
+    # All are built before the first is replaced: an error leaves the model as it was.
+    built = {
+        index: build_like(
+            sites[index], decoder.config, block_type, dropout, _varied(block_type, options, index)
+        )
+        for index in chosen
+    }
+    for index, layer in built.items():
+        site: Site = sites[index]
+        replacement = ConvertedAttention(layer, index).train(layer.training)
+        setattr(site.parent, site.name, replacement)
+    record = {"block_type": block_type, "layers": chosen, "dropout": dropout, **options}
+    before = getattr(decoder.config, RECORD) if done else []
+    setattr(decoder.config, RECORD, [*before, record])
+    if not done:
+        decoder.register_forward_pre_hook(hand_over_segments, with_kwargs=True)
+    return model
+
+
+def load_converted(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """The converted model that `model.save_pretrained(directory)` wrote, in evaluation mode.
+
+    Args:
+        directory: the folder.
+        kwargs: for the `from_pretrained` of the model's class, e.g. `dtype` and `device_map`.
+
+    Raises:
+        ValueError: if the folder's config has no record of a conversion.
+    """
+    config = transformers.AutoConfig.from_pretrained(directory)
+    record = getattr(config.get_text_config(decoder=True), RECORD, None)
+    if not record:
+        raise ValueError(
+            f"{directory}: expected a config with {RECORD!r}, as a converted model's has, found "
+            "none; load it with transformers' from_pretrained"
+        )
+    base = getattr(transformers, config.architectures[0])
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for conversion in record:
+            convert_attention(self, **conversion)
+
+    # Under its own name, so that what transformers writes and prints names the model's class.
+    loader: Any = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
+    model = loader.from_pretrained(directory, config=config, **kwargs)
+    model.__class__ = base
+    return model
+
+
+def _chosen(layers: Sequence[int] | None, count: int) -> list[int]:
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence):
+        raise TypeError(f"layers: expected a list of layer indices, got {layers!r}; pass e.g. [0]")
+    chosen = sorted({i % count for i in layers if -count <= i < count})
+    if len(chosen) < len(layers) or not chosen:
+        raise ValueError(
+            f"layers: expected different indices in [-{count}, {count}), got {list(layers)}; the "
+            f"model has {count} layers"
+        )
+    return chosen
+
+
+def _completed(block_type: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a conversion, those for `fuse` included."""
+    valid = [name for name in layer_options(block_type) if name not in _GIVEN]
+    unknown = [name for name in options if name not in valid]
+    if unknown:
+        raise ValueError(
+            f"convert_attention: expected options of {block_type!r} out of {valid}, got {unknown}; "
+            f"check the spelling ({', '.join(_GIVEN)} are the pretrained model's affair)"
+        )
+    if "window_size" in options:
+        expect_positive("window_size", options["window_size"])
+    return {"fuse": "residual", **options} if "fuse" in valid else options
+
+
+def _varied(block_type: str, options: dict[str, Any], index: int) -> dict[str, Any]:
+    # No two layers draw the same random keys.
+    return {"seed": index, **options} if "seed" in layer_options(block_type) else options
+
+
+__all__ = ["ConvertedAttention", "convert_attention", "load_converted"]

@@ -1,0 +1,104 @@
+"""A layer of ours behind the interface that transformers' decoders give their attention."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longctx_layers.convert.cache import cache_layer
+from longctx_layers.convert.families import attention_sites
+from longctx_layers.layers import AttentionLayer
+
+
+class ConvertedAttention(nn.Module):
+    """Takes what a decoder of transformers passes to its attention, and returns what it expects.
+
+    Attributes:
+        layer: the layer of this library.
+        layer_idx: its place in the model and in the cache.
+    """
+
+    def __init__(self, layer: AttentionLayer, layer_idx: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        past_key_values: Any = None,
+        segment_ids: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """`[B, T, D]` to the same, and None for the attention weights, which never exist.
+
+        Args:
+            hidden_states: normalised activations.
+            past_key_values: a cache of transformers, which keeps the layer's state; or None.
+            segment_ids: `[B, T]`, from `hand_over_segments`.
+            unused: masks and position embeddings, which the layer has no need of.
+        """
+        if past_key_values is None:
+            y, _ = self.layer(hidden_states, segment_ids=segment_ids)
+            return y, None
+        cache = cache_layer(past_key_values, self.layer_idx)
+        y, state = self.layer(hidden_states, cache.state, segment_ids=segment_ids)
+        cache.advance(state, hidden_states.shape[1])
+        return y, None
+
+
+def hand_over_segments(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a decoder's forward: what its masks say, as segment ids for the converted layers.
+
+    Where all layers are converted, no mask is made: it would grow with the square of the length.
+    """
+    if args:
+        names = inspect.signature(decoder.forward).parameters
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions: expected False for a converted model, got True; its layers never "
+            "form the matrix of attention weights"
+        )
+    kwargs["segment_ids"] = _segment_ids(kwargs)
+    if all(isinstance(site.attention, ConvertedAttention) for site in attention_sites(decoder)):
+        # Decoders hand a mask of four dimensions to their layers as it is.
+        kwargs["attention_mask"] = torch.empty(0, 0, 0, 0)
+    return (), kwargs
+
+
+def _segment_ids(kwargs: dict[str, Any]) -> Tensor | None:
+    """`[B, T]`: documents of packed rows, -1 at pads; None for one segment in each row."""
+    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    inputs = embeddings if ids is None else ids
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if inputs is None:
+        return None  # the decoder itself has an error for it
+    tracing = torch.compiler.is_compiling()
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask: expected [B, T] with 0 at pads, got {shape}; converted layers "
+                "have their own pattern: pack documents by position_ids, and leave "
+                "cache_implementation out"
+            )
+        if mask.shape[1] < inputs.shape[1]:
+            raise ValueError(
+                f"attention_mask: expected at least the {inputs.shape[1]} columns of the call, got "
+                f"{mask.shape[1]}; append a 1 for each new token"
+            )
+        real = mask[:, mask.shape[1] - inputs.shape[1] :] != 0
+        return None if not tracing and bool(real.all()) else real.to(torch.int64) - 1
+    if positions is None or kwargs.get("past_key_values") is not None:
+        return None
+    begins = torch.diff(positions, prepend=positions[:, :1] - 1) != 1
+    if not tracing and not bool(begins.any()):
+        return None
+    return begins.cumsum(1).expand(inputs.shape[0], -1)
