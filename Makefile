@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo compare test test-slow lint bench bench-peers kernels gpu-check clean
+.PHONY: help setup demo compare proofs test test-slow lint bench bench-peers kernels gpu-check clean
 
 help:
 	@echo "make setup      make .venv with the library (editable) and all development tools"
 	@echo "                PYTHON=/path/to/python: from that interpreter; a torch it has is used, not replaced"
 	@echo "make demo       run examples/demo.py"
 	@echo "make compare    train all blocks at one size on real text, and compare them: half an hour"
+	@echo "make proofs     docs/results.md: what the layers remember; hours of one core, and goes on where it stopped"
 	@echo "make test       the fast tests, in parallel"
 	@echo "make test-slow  all tests, with many more examples a property"
 	@echo "make lint       ruff and mypy"
@@ -59,6 +60,10 @@ demo: $(BIN)/pytest
 
 compare: $(BIN)/pytest
 	$(BIN)/python examples/compare.py
+
+# What was measured before is kept, and what is missing is measured.
+proofs: $(BIN)/pytest
+	$(BIN)/python examples/proofs.py
 
 # loadgroup: tests that share something costly to build name a group and run in one process.
 test: $(BIN)/pytest

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from figures import STYLES, lengths_along, mark_place, new_figure, png, without_the_fall
 from output import buckets
 
-# Okabe and Ito's palette, with a mark for each: told apart by colour-blind readers, and in grey.
-STYLES = {
-    "vanilla": ("#000000", "s", "vanilla (full attention)"),
-    "dpassm": ("#0072B2", "o", "DPASSM"),
-    "blade": ("#009E73", "^", "BLADE"),
-    "baseline_longformer": ("#CC79A7", "D", "Longformer"),
-    "baseline_bigbird": ("#E69F00", "v", "BigBird"),
-    "window": ("#D55E00", "X", "window alone"),
-}
 BLOCKS = tuple(STYLES)
-
-
-def _figure(title: str, xlabel: str, ylabel: str) -> Any:
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any, axes: Any) -> bytes:
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 def draw_losses(metrics: dict[str, Any]) -> bytes:
     """Training loss by step, the last tenth of the axis's range in view, as a PNG."""
-    figure, axes = _figure(
+    figure, axes = new_figure(
         "Training: same tokens, same number of parameters",
         "training step",
         "training loss (nats per token)",
@@ -56,14 +26,13 @@ def draw_losses(metrics: dict[str, Any]) -> bytes:
             markevery=max(1, len(steps) // 12),
         )  # fmt: skip
     lasts = [loss for r in metrics["blocks"].values() for _, loss in r["train_loss"][1:]]
-    if lasts:  # the first steps' fall would press the rest together
-        axes.set_ylim(min(lasts) - 0.05, sorted(lasts)[int(0.95 * len(lasts))] + 0.05)
-    return _png(figure, axes)
+    without_the_fall(axes, lasts)
+    return png(figure, axes)
 
 
 def draw_positions(metrics: dict[str, Any]) -> bytes:
     """Validation loss by position in the long sequences, as a PNG."""
-    figure, axes = _figure(
+    figure, axes = new_figure(
         "Loss by position, in files that no model saw",
         "position in the sequence (tokens)",
         "validation loss (nats per token)",
@@ -75,21 +44,14 @@ def draw_positions(metrics: dict[str, Any]) -> bytes:
         places = [math.sqrt(first * last) for first, last, _ in rows]
         means = [mean for *_, mean in rows]
         axes.plot(places, means, color=colour, marker=mark, markersize=5, label=label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda place, _: f"{place:,.0f}")
-    trained = metrics["settings"]["seq_len"]
-    axes.axvline(trained, color="#555555", linestyle=":", linewidth=1)
-    place = axes.get_xaxis_transform()
-    axes.text(
-        trained * 1.06, 0.98, "training\nlength", transform=place, va="top", fontsize=8,
-        color="#555555",
-    )  # fmt: skip
-    return _png(figure, axes)
+    lengths_along(axes)
+    mark_place(axes, metrics["settings"]["seq_len"], "training\nlength")
+    return png(figure, axes)
 
 
 def draw_lengths(metrics: dict[str, Any]) -> bytes:
     """Perplexity against training speed, at both lengths, as a PNG."""
-    figure, axes = _figure(
+    figure, axes = new_figure(
         "What a block learnt, and how fast it trains",
         "training speed (tokens per second)",
         "validation perplexity per token",
@@ -106,7 +68,7 @@ def draw_lengths(metrics: dict[str, Any]) -> bytes:
         [], [], "o", color="#555555", markerfacecolor="white", label="hollow: 8 x that length"
     )
     axes.set_xlim(left=0)
-    return _png(figure, axes)
+    return png(figure, axes)
 
 
 def _by_length(result: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:

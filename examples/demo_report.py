@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from figures import STYLES, lengths_along, mark_place, new_figure, png
 from output import buckets
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-COLOURS = {"dpassm": "#0072B2", "window": "#D55E00"}
+COLOURS = {name: STYLES[name][0] for name in ("dpassm", "window")}
 LABELS = {"dpassm": "DPASSM (window and state)", "window": "window alone"}
-
-
-def _finish(figure: Any, axes: Any) -> bytes:
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 def draw_loss_curves(metrics: dict[str, Any]) -> bytes:
     """Training loss by step, smoothed over ten steps, as a PNG."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = new_figure(
+        "Same tokens, same number of parameters", "training step", "training loss (nats per byte)"
+    )
     for name, result in metrics["models"].items():
         losses = result["train_loss"]
         smooth = [sum(losses[max(0, i - 9) : i + 1]) / min(10, i + 1) for i in range(len(losses))]
         axes.plot(range(1, len(losses) + 1), smooth, color=COLOURS[name], label=LABELS[name])
-    axes.set(xlabel="training step", ylabel="training loss (nats per byte)")
-    axes.set_title("Same tokens, same number of parameters")
-    return _finish(figure, axes)
+    return png(figure, axes, columns=2)
 
 
 def draw_positions(metrics: dict[str, Any]) -> bytes:
     """Validation loss by position, as a PNG."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = new_figure(
+        "Loss by position, in files that neither model saw",
+        "position in the sequence (bytes)",
+        "validation loss (nats per byte)",
+    )
     zeroed = metrics["zeroed"]
     lines = [
         (name, result["by_position"], "o-", LABELS[name])
@@ -54,18 +42,10 @@ def draw_positions(metrics: dict[str, Any]) -> bytes:
         places = [(first * last) ** 0.5 for first, last, _ in rows]
         means = [mean for _, _, mean in rows]
         axes.plot(places, means, style, color=COLOURS[name], label=label)
-    marks = {
-        metrics["reach"]: "reach of the\nstacked windows",
-        metrics["settings"]["sequence_length"]: "training\nlength",
-    }
-    axes.set_xscale("log", base=2)
-    top = axes.get_ylim()[1]
-    for place, label in marks.items():
-        axes.axvline(place, color="#555555", linestyle=":", linewidth=1)
-        axes.text(place * 1.06, top, label, fontsize=8, color="#555555", va="top")
-    axes.set(xlabel="position in the sequence (bytes)", ylabel="validation loss (nats per byte)")
-    axes.set_title("Loss by position, in files that neither model saw")
-    return _finish(figure, axes)
+    lengths_along(axes)
+    mark_place(axes, metrics["reach"], "reach of the\nstacked windows")
+    mark_place(axes, metrics["settings"]["sequence_length"], "training\nlength")
+    return png(figure, axes, columns=2)
 
 
 def page(metrics: dict[str, Any]) -> str:

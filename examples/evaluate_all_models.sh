@@ -5,10 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shopt -s nullglob
 
-if [ ! -f examples/evaluate.py ]; then
-    echo "error: examples/evaluate.py is not there: this checkout has no evaluations yet" >&2
-    exit 1
-fi
 CHECKPOINTS=(logs/*/checkpoints/*.ckpt)
 if [ ${#CHECKPOINTS[@]} -eq 0 ]; then
     echo "error: no logs/*/checkpoints/*.ckpt: run examples/train_all_models.sh first" >&2

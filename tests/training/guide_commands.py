@@ -1,8 +1,9 @@
 """Every command of the training guide, with this project's names.
 
 `examples/train.py` stands for `-m efficient_longctx.training.train`, `examples/evaluate.py` for
-`-m efficient_longctx.evals.synthetic` and `longctx_layers` for `efficient_longctx.models.models`;
-`uv run` is left out. Nothing else was changed.
+`-m efficient_longctx.evals.synthetic`, `examples/report.py` for `scripts/generate_report.py` and
+`longctx_layers` for `efficient_longctx.models.models`; `uv run` is left out. Nothing else was
+changed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,18 @@ class Flags(NamedTuple):
     flags: tuple[str, ...]
 
 
+class Evaluation(NamedTuple):
+    """A whole evaluation command: where the guide has it, and its flags."""
+
+    section: str
+    flags: tuple[str, ...]
+
+
 class Other(NamedTuple):
-    """A command that is no training: what it is here, and what becomes of it.
+    """A command that is neither: what it is here, and what becomes of it.
 
     `kind` says how a test checks it: "python" runs the snippet, "make" looks for the target, "file"
-    for the program, "later" is a program of a later version, "system" is no part of this project.
+    for the program, "system" is no part of this project.
     """
 
     section: str
@@ -176,7 +184,33 @@ logits = model(x)
 print(f'Output shape: {logits.shape}')
 """  # noqa: E501
 
-_LATER = "not in this version"
+
+def _evaluation(section: str, task: str, lengths: tuple[int, int], *model: str) -> Evaluation:
+    flags = ("--task", task, "--seq_len", str(lengths[0]), "--max_len", str(lengths[1]))
+    return Evaluation(section, (*flags, *model, "--device", "cuda"))
+
+
+EVALUATIONS = [
+    _evaluation("Evaluation", "passkey", (8192, 8192), "--block", "dpassm"),
+    _evaluation("Evaluation", "copy_recall", (8192, 8192), "--block", "blade"),
+    _evaluation("Evaluation", "drift_curve", (8192, 32768), "--block", "baseline_longformer"),
+    _evaluation(
+        "Results",
+        "passkey",
+        (32768, 32768),
+        "--block",
+        "dpassm",
+        "--pretrained_model=path/to/checkpoint",
+    ),
+    *(
+        _evaluation("Results", "passkey", (16384, 16384), "--block", block)
+        for block in ("dpassm", "blade", "baseline_longformer", "baseline_bigbird", "vanilla")
+    ),
+    _evaluation(
+        "evaluate_all_models.sh", "passkey", (32768, 32768), "--checkpoint_path=path/to/checkpoint"
+    ),
+]
+
 OTHERS = [
     Other("Prerequisites", "git pull origin main", "system", "git's own"),
     Other("Prerequisites", "make setup", "make", "as written"),
@@ -188,12 +222,6 @@ OTHERS = [
     Other("Monitoring", "nvidia-smi -l 1", "system", "NVIDIA's own"),
     Other("Validation", COUNT_PARAMETERS, "python", "prints 150 M within 1 %"),
     Other("Validation", FORWARD, "python", "prints the shape [2, 64, 1000]"),
-    Other("Evaluation", "examples/evaluate.py --task passkey --seq_len 8192 --max_len 8192 "
-          "--block dpassm --device cuda", "later", _LATER),
-    Other("Evaluation", "examples/evaluate.py --task copy_recall --seq_len 8192 --max_len 8192 "
-          "--block blade --device cuda", "later", _LATER),
-    Other("Evaluation", "examples/evaluate.py --task drift_curve --seq_len 8192 --max_len 32768 "
-          "--block baseline_longformer --device cuda", "later", _LATER),
     Other("Import errors", "make clean", "make", "as written"),
     Other("Import errors", "import longctx_layers; print(longctx_layers.__file__)", "python",
           "prints where the library is"),
@@ -206,14 +234,9 @@ OTHERS = [
     Other("Debug mode", "export PYTHONPATH=$PWD:$PYTHONPATH CUDA_LAUNCH_BLOCKING=1 "
           "TORCH_USE_CUDA_DSA=1", "system", "as written"),
     Other("Memory", "export FLASH_ATTENTION_FORCE_BUILD=1", "system", "flash-attn's own"),
-    Other("Results", "examples/evaluate.py --task passkey --seq_len 32768 --max_len 32768 --block "
-          "dpassm --device cuda --pretrained_model=path/to/checkpoint", "later", _LATER),
-    Other("Results", "scripts/generate_report.py --checkpoint_path=path/to/checkpoint "
-          "--output_dir=reports/", "later", _LATER),
-    Other("Results", "for block in dpassm blade baseline_longformer baseline_bigbird vanilla: "
-          "examples/evaluate.py --task passkey --seq_len 16384 --max_len 16384 --block $block "
-          "--device cuda", "later", _LATER),
+    Other("Results", "examples/report.py --checkpoint_path=path/to/checkpoint "
+          "--output_dir=reports/", "file", "in place of scripts/generate_report.py"),
     Other("Pipelines", "examples/train_all_models.sh", "file", "its 45 commands are listed above"),
     Other("Pipelines", "examples/evaluate_all_models.sh", "file",
-          "ends with an error that examples/evaluate.py is not there"),
+          "its command for each checkpoint is listed above"),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Run the guide's commands, each only smaller, and write what happened into docs/training.md.
 
-python tests/training/guide_table.py
+python tests/training/guide_table.py             # all of them
+python tests/training/guide_table.py --missing   # those that the table lacks
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(Path(__file__).parent)]
 
-from guide_commands import FITS, FLAGS, OTHERS, Fit, Flags  # noqa: E402
+from guide_commands import EVALUATIONS, FITS, FLAGS, OTHERS, Evaluation  # noqa: E402
 
 BEGIN, END = "<!-- guide table -->", "<!-- end of guide table -->"
 # By how much a test's run is smaller: windows and states, and the sequence.
@@ -44,13 +46,33 @@ def shrunk(flags: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def rows() -> list[tuple[Fit | Flags | object, str]]:
+def shrunk_evaluation(flags: tuple[str, ...]) -> list[str]:
+    """The same evaluation of short sequences, few of them, with narrow windows, on a CPU."""
+    found, small = [], ["--n", "2", "--output_dir", "out"]
+    before = ""
+    for flag in flags:
+        if before in ("--seq_len", "--max_len"):
+            flag = str(int(flag) // SHORTER)
+        elif before == "--device":
+            flag = "cpu"
+        elif before == "--block" and "--pretrained_model" not in " ".join(flags):
+            small += {"vanilla": [], "blade": ["--chunk_size", "8"]}.get(
+                flag, ["--window_size", "8"]
+            )
+        found.append(flag)
+        before = flag
+    return found + small
+
+
+def rows() -> list[tuple[object, str]]:
     """Every command of the guide with its text in the table."""
     found: list[tuple[object, str]] = []
     for one in FITS:
         found.append((one, f"`fit {' '.join(one.flags)}`"))
     for one in FLAGS:
         found.append((one, f"`{' '.join(one.flags)}`"))
+    for one in EVALUATIONS:
+        found.append((one, f"`examples/evaluate.py {' '.join(one.flags)}`"))
     for one in OTHERS:
         text = "; ".join(one.command.strip().splitlines()).replace("|", "\\|")
         found.append((one, f"`{text}`"))
@@ -83,22 +105,61 @@ def outcome(flags: tuple[str, ...], folder: Path, done: dict[tuple[str, ...], st
     return done[key]
 
 
+def evaluated(flags: tuple[str, ...], folder: Path) -> str:
+    """Run an evaluation, smaller, and say what came out."""
+    import shutil
+
+    from evaluate import main as evaluate
+    from training.tokenization import ByteTokenizer
+
+    from longctx_layers import create_model
+
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    if "path/to/checkpoint" in " ".join(flags) and not Path("path/to/checkpoint").exists():
+        create_model(257, "tiny", "dpassm").save_pretrained("path/to/checkpoint")
+        ByteTokenizer().save("path/to/checkpoint")
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = evaluate(shrunk_evaluation(flags))
+    values = ", ".join(f"{row['accuracy']:.3f}" for row in found)
+    note = ", and said loudly that nothing was trained"
+    if found[0]["trained"]:
+        note = " for a checkpoint of random weights"
+    return f"ran: accuracy {values}{note}"
+
+
+def happened(one: Any, folder: Path, done: dict[tuple[str, ...], str]) -> str:
+    """What happens with one of the guide's commands."""
+    if isinstance(one, Evaluation):
+        return evaluated(one.flags, folder)
+    return outcome(one.flags, folder, done)
+
+
+def table(folder: Path, old: dict[str, str]) -> list[str]:
+    """The table's lines; commands whose outcome is in `old` are not run again."""
+    lines, done = ["| section | command | what happened |", "|---|---|---|"], {}
+    for one, text in rows():
+        said = getattr(one, "outcome", None) or old.get(text) or happened(one, folder, done)
+        print(text[:100], said, flush=True)
+        lines.append(f"| {one.section} | {text} | {said} |")
+    return lines
+
+
 def main() -> None:
     from program import local_text, local_wikitext
 
-    lines, done = ["| section | command | what happened |", "|---|---|---|"], {}
+    page = ROOT / "docs/training.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    inside, _, after = rest.partition(END)
+    old: dict[str, str] = {}
+    if "--missing" in sys.argv:
+        kept = [line.strip("| ").split(" | ") for line in inside.strip().splitlines()[2:]]
+        old = {row[1]: row[2] for row in kept if row[2].startswith(("ran", "error"))}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         local_wikitext(folder)
         local_text(folder / "path/to/data")
         os.chdir(folder)
-        for one, text in rows():
-            happened = getattr(one, "outcome", None) or outcome(one.flags, folder, done)
-            print(text[:100], happened, flush=True)
-            lines.append(f"| {one.section} | {text} | {happened} |")
-    page = ROOT / "docs/training.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
+        lines = table(folder, old)
     page.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
 
 

@@ -2,14 +2,18 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
-from guide_commands import FITS, FLAGS, OTHERS
-from guide_table import shrunk
+from evaluate import main as evaluate
+from evaluation.options import check as check_evaluation
+from evaluation.options import doubling, parser
+from guide_commands import EVALUATIONS, FITS, FLAGS, OTHERS
+from guide_table import SHORTER, shrunk, shrunk_evaluation
 from program import (
     ROOT,
     SMALL,
@@ -22,6 +26,9 @@ from program import (
     scalars,
     start,
 )
+from training.tokenization import ByteTokenizer
+
+from longctx_layers import create_model
 
 ON_GPU = torch.cuda.is_available()
 DISTINCT = list(dict.fromkeys(shrunk(one.flags) for one in FITS))
@@ -99,6 +106,34 @@ def test_flags_run(extra, tmp_path):
     assert scalars(tmp_path / "logs")[2] > 0
 
 
+def a_checkpoint(folder):
+    """A folder as `save_pretrained` and the tokenizer write it, where the guide has one."""
+    create_model(257, "tiny", "dpassm", {"window_size": 16}).save_pretrained(folder)
+    ByteTokenizer().save(folder)
+
+
+@pytest.mark.parametrize("command", EVALUATIONS, ids=lambda one: " ".join(one.flags))
+def test_evaluation_is_accepted_as_written_and_runs(command, tmp_path, capsys):
+    a_checkpoint(tmp_path / "path/to/checkpoint")
+    args = parser("").parse_args(command.flags)
+    if ON_GPU:
+        check_evaluation(args)
+    else:  # here, the whole command ends with a clear error
+        with pytest.raises(ValueError, match="--device=cuda: torch .* finds no GPU"):
+            check_evaluation(args)
+        check_evaluation(parser("").parse_args([*command.flags, "--device", "cpu"]))
+    rows = evaluate(shrunk_evaluation(command.flags))
+    printed = capsys.readouterr().out
+    given = dict(zip(command.flags[::2], command.flags[1::2], strict=False))
+    assert rows[0]["task"] == given["--task"]
+    assert rows[0]["block"] == given.get("--block", "dpassm")
+    lengths = [int(given[name]) // SHORTER for name in ("--seq_len", "--max_len")]
+    assert [row["length"] for row in rows] == doubling(*lengths)
+    trained = "path/to/checkpoint" in " ".join(command.flags)
+    assert ("NOT TRAINED" in printed) != trained
+    assert all(row["trained"] == trained for row in rows)
+
+
 @pytest.mark.parametrize("other", OTHERS, ids=lambda one: one.command.strip()[:60])
 def test_other_command_is_as_described(other, tmp_path):
     if other.kind == "python":
@@ -113,19 +148,38 @@ def test_other_command_is_as_described(other, tmp_path):
         target = other.command.split()[1]
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif other.kind == "file":
-        assert os.access(ROOT / other.command, os.X_OK)
-    elif other.kind == "later":
-        program = other.command.partition(" --")[0].split()[-1]
-        assert not (ROOT / program).exists(), "it is there: list what happens with it"
+        program = ROOT / other.command.partition(" ")[0]
+        assert program.is_file()
+        assert program.suffix == ".py" or os.access(program, os.X_OK)
     else:
         assert other.kind in ("system", "help")  # `help` is in test_cli.py
 
 
-def test_evaluation_pipeline_says_what_is_missing():
-    script = ROOT / "examples/evaluate_all_models.sh"
-    done = subprocess.run([script], capture_output=True, text=True, cwd=ROOT)
+def test_evaluation_pipeline_runs_the_listed_command_for_each_checkpoint(tmp_path):
+    script = tmp_path / "examples/evaluate_all_models.sh"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "examples/evaluate_all_models.sh", script)
+    printer = tmp_path / "printer"
+    printer.write_text('#!/bin/bash\necho "$@"\n')
+    printer.chmod(0o755)
+
+    def run(*further):
+        environ = {**os.environ, "PYTHON": str(printer)}
+        return subprocess.run([script, *further], env=environ, capture_output=True, text=True)
+
+    done = run()
     assert done.returncode == 1
-    assert "examples/evaluate.py is not there" in done.stderr
+    assert "no logs/*/checkpoints/*.ckpt" in done.stderr
+    checkpoints = [f"logs/{run}/checkpoints/step=2.ckpt" for run in ("a", "b")]
+    for checkpoint in checkpoints:
+        (tmp_path / checkpoint).parent.mkdir(parents=True)
+        (tmp_path / checkpoint).touch()
+    done = run("--n", "4")
+    assert done.returncode == 0, done.stderr
+    ran = [line for line in done.stdout.splitlines() if line.startswith("examples/")]
+    (listed,) = (one.flags for one in EVALUATIONS if one.section == "evaluate_all_models.sh")
+    command = f"examples/evaluate.py {' '.join(listed)} --n 4"
+    assert ran == [command.replace("path/to/checkpoint", one) for one in checkpoints]
 
 
 def test_training_pipeline_runs_the_listed_commands(tmp_path):

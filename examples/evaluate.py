@@ -1,0 +1,43 @@
+r"""Does a model remember, and how far? Memory tasks at lengths that double.
+
+    python examples/evaluate.py --task passkey --block dpassm --train_steps 1000 \
+        --window_size 16 --seq_len 256 --max_len 8192
+    python examples/evaluate.py --task needle --checkpoint_path logs/checkpoints/last.ckpt \
+        --seq_len 1024 --max_len 32768
+    python examples/evaluate.py --task streaming_ppl --pretrained_model model --max_len 100000
+
+Rows are added to OUTPUT_DIR/TASK.jsonl as they are measured; the same command again measures what
+is missing. docs/results.md says what the tasks are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # also as python -m examples.evaluate
+
+from evaluation.measuring import measure, settle
+from evaluation.options import check, parser
+from evaluation.table import table
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run the command line; returns the rows by length."""
+    flags = parser(str(__doc__).splitlines()[0])
+    args: argparse.Namespace = flags.parse_args(argv)
+    try:
+        check(args)
+        plan = settle(args)
+    except (FileNotFoundError, ValueError, TypeError, ConnectionError) as error:
+        flags.exit(2, f"error: {error}\n")
+    rows = measure(plan)
+    print(table(rows, args))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

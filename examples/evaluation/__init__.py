@@ -1,0 +1,1 @@
+"""Parts of examples/evaluate.py and examples/proofs.py."""

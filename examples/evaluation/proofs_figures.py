@@ -1,0 +1,108 @@
+"""The pictures of docs/results.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from figures import GREY, STYLES, lengths_along, mark_place, new_figure, png
+
+from evaluation.proofs_plan import BLOCKS
+
+NAMES = tuple(BLOCKS)
+_OFF = ", state path off"
+Found = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def style(name: str) -> tuple[str, str, str, str]:
+    """Colour, mark, line and label of a block; without its state path it has a dotted line."""
+    colour, mark, label = STYLES[name.removesuffix(_OFF)]
+    return colour, mark, ":" if name.endswith(_OFF) else "-", label + _OFF * name.endswith(_OFF)
+
+
+def label(name: str) -> str:
+    """What a block is called."""
+    return style(name)[3]
+
+
+def by_length(found: Found, trained: int, farthest: int) -> bytes:
+    """Accuracy by length: the median as a line, every seed as a dot, as a PNG."""
+    figure, axes = new_figure(
+        "Passkey: accuracy by length", "length of the sequence (tokens)", "accuracy"
+    )
+    for name, seeds in found.items():
+        colour, mark, line, text = style(name)
+        points: dict[int, list[float]] = {}
+        for result in seeds:
+            for row in result["rows"]:
+                points.setdefault(row["length"], []).append(row["accuracy"])
+        lengths = sorted(points)
+        middle = [statistics.median(points[length]) for length in lengths]
+        axes.plot(lengths, middle, line, color=colour, marker=mark, markersize=5, label=text)
+        for length in lengths:
+            axes.plot(
+                [length] * len(points[length]), points[length], ".", color=colour, alpha=0.6,
+                markersize=4,
+            )  # fmt: skip
+    lengths_along(axes)
+    axes.set_ylim(-0.03, 1.12)
+    axes.axhline(1 / 32, color=GREY, linestyle="--", linewidth=1)
+    axes.text(farthest, 1 / 32, "chance", color=GREY, fontsize=8, ha="right", va="bottom")
+    mark_place(axes, trained, "training\nlength")
+    axes.set_xlim(trained / 1.3, farthest * 1.3)
+    return png(figure, axes)
+
+
+def by_state(found: Found, length: int, pairs: Sequence[int]) -> bytes:
+    """Accuracy against bytes of state, a line of numbers of pairs for each block, as a PNG."""
+    figure, axes = new_figure(
+        f"Associative recall in {length} tokens: accuracy by bytes of state",
+        f"state behind {length} tokens (bytes, logarithmic)",
+        "accuracy (median of the seeds)",
+    )
+    for name, seeds in found.items():
+        colour, mark, _, text = style(name)
+        places, middles = [], []
+        for count in pairs:
+            rows = [
+                row
+                for result in seeds
+                for row in result["rows"]
+                if row["length"] == length and row["pairs"] == count
+            ]
+            places.append(rows[0]["state_bytes"])
+            middles.append(statistics.median(row["accuracy"] for row in rows))
+        axes.plot(places, middles, color=colour, marker=mark, markersize=6, label=text, alpha=0.8)
+        for place, middle, count in zip(places, middles, pairs, strict=True):
+            axes.annotate(
+                str(count), (place, middle), xytext=(6, -3), textcoords="offset points",
+                fontsize=7, color=GREY,
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_ylim(-0.03, 1.03)
+    axes.text(
+        0.01, 0.99, "numbers: pairs of key and value", transform=axes.transAxes, va="top",
+        fontsize=8, color=GREY,
+    )  # fmt: skip
+    return png(figure, axes)
+
+
+def by_position(found: Found) -> bytes:
+    """Loss by position over the stream, the mean of ten parts at a time, as a PNG."""
+    figure, axes = new_figure(
+        "Loss over a stream of held-out text", "position in the stream (bytes)",
+        "loss (nats per byte)",
+    )  # fmt: skip
+    for name, seeds in found.items():
+        colour, mark, line, text = style(name)
+        for i, result in enumerate(seeds):
+            losses, part = result["by_position"], result["part"]
+            groups = [losses[k : k + 10] for k in range(0, len(losses), 10)]
+            places = [(10 * k + len(g) / 2) * part for k, g in enumerate(groups)]
+            axes.plot(
+                places, [statistics.mean(g) for g in groups], line, color=colour, marker=mark,
+                markersize=5, label=None if i else text, alpha=1.0 if not i else 0.5,
+            )  # fmt: skip
+    axes.xaxis.set_major_formatter(lambda place, _: f"{place:,.0f}")
+    return png(figure, axes)

@@ -1,0 +1,242 @@
+"""What docs/results.md says of each proof: a table, every seed, and whether a target is reached."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from evaluation import proofs_figures as figures
+from evaluation.proofs_plan import FARTHEST, PAIRS, REACH, TRAINED
+
+Result = dict[str, Any]
+
+
+def of(results: Iterable[Result], proof: str) -> dict[str, list[Result]]:
+    """The results of a proof by block, seeds in order."""
+    found: dict[str, list[Result]] = {}
+    for name in figures.NAMES:
+        seeds = sorted(
+            (r for r in results if r["proof"] == proof and r["name"] == name),
+            key=lambda r: r["seed"],
+        )
+        if seeds:
+            found[name] = seeds
+    return found
+
+
+def at(result: Result, length: int, **which: Any) -> Result | None:
+    """A result's row at a length."""
+    for row in result["rows"]:
+        if row["length"] == length and all(row[k] == v for k, v in which.items()):
+            found: Result = row
+            return found
+    return None
+
+
+def values(seeds: Sequence[Result], length: int, what: str, **which: Any) -> list[float]:
+    """What the seeds have at a length."""
+    rows = [at(result, length, **which) for result in seeds]
+    return [row[what] for row in rows if row is not None and row[what] is not None]
+
+
+def shown(numbers: Sequence[float]) -> str:
+    """Every seed, and the median in bold where there are several."""
+    if not numbers:
+        return "-"
+    every = ", ".join(f"{number:.3f}" for number in numbers)
+    return f"**{statistics.median(numbers):.3f}** ({every})" if len(numbers) > 1 else every
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def seeds_of(seeds: Sequence[Result]) -> str:
+    """The seeds that ran."""
+    return ", ".join(str(result["seed"]) for result in seeds)
+
+
+def judged(seeds: Sequence[Result] | None, length: int, target: float, **which: Any) -> str:
+    """Whether the median reaches a target."""
+    numbers = values(seeds or [], length, "accuracy", **which)
+    if not numbers:
+        return "not measured yet"
+    middle = statistics.median(numbers)
+    verdict = "reached" if middle >= target else "missed"
+    return f"{verdict} ({middle:.3f}, {len(numbers)} seed{'s' * (len(numbers) > 1)})"
+
+
+def at_training_length(found: dict[str, list[Result]]) -> str:
+    """The table of a recall task at the training length."""
+    rows = []
+    for name, seeds in found.items():
+        interval = "-"
+        if len(seeds) == 1 and (row := at(seeds[0], TRAINED)):
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        rows.append(
+            [
+                figures.label(name),
+                f"{seeds[0]['parameters']:,}",
+                f"{seeds[0]['steps']:,}",
+                seeds_of(seeds),
+                shown(values(seeds, TRAINED, "accuracy")),
+                interval,
+                shown(values(seeds, TRAINED, "accuracy_state_zeroed")),
+            ]
+        )
+    header = ["block", "parameters", "steps", "seeds", "accuracy", "95 % interval", "state zeroed"]
+    return table(header, rows)
+
+
+def passkey(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
+    """Passkey, at the training length and far beyond it."""
+    found = of(results, "passkey")
+    name = "Passkey, and how far it carries"
+    if not found:
+        return name, "", {}
+    lengths = sorted({row["length"] for s in found.values() for r in s for row in r["rows"]})
+    rows = []
+    for block, seeds in found.items():
+        numbers = [values(seeds, length, "accuracy") for length in lengths]
+        rows.append([figures.label(block), *(shown(n) for n in numbers)])
+    targets = [
+        f"- {block} at {length:,} tokens, at least {target:.0%}: "
+        f"{judged(found.get(block), length, target)}"
+        for block in ("dpassm", "blade")
+        for length, target in ((TRAINED, 0.99), (16 * TRAINED, 0.95))
+    ]
+    text = (
+        "One value among noise of the same 32 symbols, told anywhere and asked for at the end; a "
+        f"guess scores 0.031. At {TRAINED} tokens, the training length:\n\n"
+        + at_training_length(found)
+        + f"\nThe same models at up to {max(lengths):,} tokens:\n\n"
+        + table(["block", *(f"{length:,}" for length in lengths)], rows)
+        + "\nTargets:\n\n"
+        + "\n".join(targets)
+        + "\n"
+    )
+    text += _depths(of(results, "depths"))
+    return name, text, {"passkey_by_length.png": figures.by_length(found, TRAINED, FARTHEST)}
+
+
+def _depths(found: dict[str, list[Result]]) -> str:
+    """Accuracy by where the value was told, in long sequences; nothing if none was measured."""
+    if not found:
+        return ""
+    one = next(iter(found.values()))[0]
+    rows = [
+        [figures.label(block), str(r["seed"]), *(f"{row['accuracy']:.3f}" for row in r["rows"])]
+        for block, seeds in found.items()
+        for r in seeds
+    ]
+    header = ["block", "seed", *(f"told at {row['depth']:.0%}" for row in one["rows"])]
+    return (
+        f"\nThe same by where the value was told, in {one['length']:,} tokens ({one['n']} "
+        "sequences each). Told late, it has more noise before it and a shorter way to its "
+        "question.\n\n" + table(header, rows)
+    )
+
+
+def copying(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
+    """Copying four tokens."""
+    found = of(results, "copy_recall")
+    name = "Copy and recall"
+    if not found:
+        return name, "", {}
+    lengths = sorted({row["length"] for s in found.values() for r in s for row in r["rows"]})
+    rows = [
+        [figures.label(block), *(shown(values(seeds, n, "accuracy")) for n in lengths)]
+        for block, seeds in found.items()
+    ]
+    targets = [
+        f"- {block} at {TRAINED} tokens, at least 99 %: {judged(found.get(block), TRAINED, 0.99)}"
+        for block in ("dpassm", "blade")
+    ]
+    text = (
+        "Four tokens told at the beginning, asked for in order at the end, each with those before "
+        f"it given; a guess scores 0.031. At {TRAINED} tokens:\n\n"
+        + at_training_length(found)
+        + "\nBy length:\n\n"
+        + table(["block", *(f"{length:,}" for length in lengths)], rows)
+        + "\nTargets:\n\n"
+        + "\n".join(targets)
+        + "\n"
+    )
+    return name, text, {}
+
+
+def associative(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
+    """Multi-query associative recall, and what it costs in state."""
+    found = of(results, "mqar")
+    name = "Associative recall, by pairs and by bytes of state"
+    if not found:
+        return name, "", {}
+    rows = []
+    for block, seeds in found.items():
+        row = at(seeds[0], TRAINED)
+        assert row is not None
+        rows.append(
+            [
+                figures.label(block),
+                seeds_of(seeds),
+                f"{row['state_bytes']:,}",
+                *(shown(values(seeds, TRAINED, "accuracy", pairs=pairs)) for pairs in PAIRS),
+                shown(values(seeds, TRAINED, "accuracy_state_zeroed", pairs=8)),
+            ]
+        )
+    header = ["block", "seeds", "state (bytes)", *(f"{n} pairs" for n in PAIRS), "8, state zeroed"]
+    text = (
+        f"Pairs of key and value at the beginning, every key asked for once, at least {REACH + 1} "
+        f"tokens later, in {TRAINED} tokens. One model for all numbers of pairs; a guess among the "
+        "told values scores one by their number. The state is what the model carries behind "
+        f"{TRAINED} tokens; that of vanilla and BigBird grows with every further token.\n\n"
+        + table(header, rows)
+        + f"\nTarget: dpassm with 8 pairs, at least 95 %: "
+        f"{judged(found.get('dpassm'), TRAINED, 0.95, pairs=8)}\n"
+    )
+    return name, text, {"mqar_by_state.png": figures.by_state(found, TRAINED, PAIRS)}
+
+
+def drifting(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
+    """Loss over a stream of real text."""
+    found = of(results, "drift")
+    name = "Streaming perplexity: does the loss drift?"
+    if not found:
+        return name, "", {}
+    rows, verdicts = [], []
+    for block, seeds in found.items():
+        for r in seeds:
+            slope, zeroed = r["slope"], r["loss_state_zeroed"]
+            rows.append(
+                [
+                    figures.label(block), str(r["seed"]), f"{r['parameters']:,}",
+                    f"{r['first']:.4f}", f"{r['loss']:.4f}",
+                    "-" if zeroed is None else f"{zeroed:.4f}",
+                    f"{slope['mean']:.6f} ({slope['low']:.6f} to {slope['high']:.6f})",
+                    f"{r['state_bytes_held']:,}", f"{r['tokens_per_second']:,.0f}",
+                ]
+            )  # fmt: skip
+            verdict = "no drift upwards" if slope["low"] <= 0 else "drifts upwards"
+            verdicts.append(f"- {figures.label(block)}, seed {r['seed']}: {verdict}")
+    one = next(iter(found.values()))[0]
+    header = [
+        "block", "seed", "parameters", f"loss up to {one['training_length']}", "loss after it",
+        f"state zeroed every {one['zeroed_every']}", "slope (nats per 1000 bytes, 95 % interval)",
+        "state (bytes)", "bytes/s",
+    ]  # fmt: skip
+    text = (
+        f"Byte models of a million parameters, trained by examples/train.py for {one['steps']} "
+        f"steps on the standard library's source files in rows of {one['training_length']} bytes "
+        f"with the state carried, then read {one['stream_length']:,} bytes of held-out files as "
+        f"one stream. The same text is read from {one['rotations']} beginnings, so that each part "
+        "stands at as many positions, and the slope is that of the loss over the position with the "
+        f"text held fixed, from position {one['training_length']} on. Loss in nats per byte.\n\n"
+        + table(header, rows)
+        + "\n"
+        + "\n".join(verdicts)
+        + "\n"
+    )
+    return name, text, {"drift.png": figures.by_position(found)}
