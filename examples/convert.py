@@ -33,7 +33,7 @@ from longctx_layers.convert import convert_attention
 
 OPTIONS: dict[str, dict[str, Any]] = {"dpassm": {"ssm_state_dim": 16}, "window": {}}
 KINDS = tuple(OPTIONS)
-FRESH = ("state_space", "gate_proj", "norm_s", "skip")  # in a converted layer
+FRESH = ("state_space", "gate_proj", "norm_s")  # in a converted layer
 STEPS = ("converted", "layers matched", "then trained")
 
 

@@ -57,7 +57,8 @@ class BLADE(AttentionLayer):
         chunk_size: tokens in a chunk.
         state_dim: N, the state's dimension per channel (associative) or in all (mlp).
         state_update: `"associative"`: a selective state space read across chunk boundaries only,
-            fused with the attention by a gate as in `DPASSM` (all chunks in parallel).
+            beside the token's own convolved input, fused with the attention by a gate as in
+            `DPASSM` (all chunks in parallel).
             `"mlp"`: the original definition, a vector that is injected into the next chunk's input
             and renewed by an MLP of the chunk's mean attention output (chunks one after another).
             None: the chunks alone.
@@ -190,6 +191,8 @@ class BLADE(AttentionLayer):
             initial_state=None if state is None else (state.readable, state.pending),
             segments=segments,
         )
+        # What a token early in its chunk has of those before it: the convolution's taps.
+        r = self.state_space.add_skip(r, inputs.x)
         z = self.heads(self.gate_proj(x), self.n_heads)
         y = gated_norms(z, o, r, self.norm_o.weight, self.norm_r.weight)
         kept |= {"conv": inputs.conv, "readable": readable, "pending": pending}

@@ -103,7 +103,6 @@ class DPASSM(WindowAttention):
         self.state_space: SelectiveProjection | DiagonalSSM | None = None
         if ssm == "selective":
             self.state_space = SelectiveProjection(self, ssm_state_dim)
-            self.skip = nn.Parameter(torch.empty(self.n_heads, **self.factory))
         elif ssm == "diagonal":
             self.state_space = DiagonalSSM(self, ssm_state_dim)
         if ssm is not None:
@@ -119,8 +118,6 @@ class DPASSM(WindowAttention):
         super().reset_parameters()
         if self.ssm is not None:
             nn.init.zeros_(self.gate_proj.weight)
-        if self.ssm == "selective":
-            nn.init.ones_(self.skip)
 
     def fields(self) -> dict[str, Field]:
         channels = 0
@@ -166,4 +163,4 @@ class DPASSM(WindowAttention):
         assert self.state_space is not None
         inputs = self.state_space(x, None if state is None else state.conv, segments)
         s, h = ssd(*inputs[:5], initial_state=h, segments=restarting(segments))
-        return torch.addcmul(s, inputs.x, self.skip[:, None].to(s.dtype)), inputs.conv, h
+        return self.state_space.add_skip(s, inputs.x), inputs.conv, h

@@ -43,10 +43,11 @@ class SelectiveProjection(nn.Module):
         self.conv = nn.Parameter(torch.empty(self.channels, CONV_WIDTH, **layer.factory))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads, **layer.factory))
         self.A_log = nn.Parameter(torch.empty(self.n_heads, **layer.factory))
+        self.skip = nn.Parameter(torch.empty(self.n_heads, **layer.factory))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the convolution and the steps anew, and set the time scales."""
+        """Draw the convolution and the steps anew, and set the time scales and the skip."""
         bound = CONV_WIDTH**-0.5
         nn.init.uniform_(self.conv, -bound, bound)
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32)
@@ -55,6 +56,7 @@ class SelectiveProjection(nn.Module):
         # softplus inverted; and 1 / (exp(A_log) dt) = scale.
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.A_log.copy_(-torch.log(scale * dt))
+        nn.init.ones_(self.skip)
 
     @property
     def channels(self) -> int:
@@ -79,6 +81,10 @@ class SelectiveProjection(nn.Module):
         dt = F.softplus(self.dt_proj(u).to(precise) + self.dt_bias.to(precise))
         A = -torch.exp(self.A_log.to(precise))
         return SelectiveInputs(x.unflatten(-1, (self.n_heads, self.head_dim)), dt, A, B, C, conv)
+
+    def add_skip(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the state gave, and the token's own convolved input: both `[B, T, H, P]`."""
+        return torch.addcmul(y, x, self.skip[:, None].to(y.dtype))
 
 
 class DiagonalSSM(nn.Module):

@@ -79,7 +79,7 @@ def selective(layer, u, reads):
     dt = F.softplus(space.dt_proj(u) + space.dt_bias)
     log_decay = (-torch.exp(space.A_log) * dt).cumsum(0).T
     decay = (log_decay[:, :, None] - log_decay[:, None]).masked_fill(~reads, -math.inf).exp()
-    return torch.einsum("hij,jh,jn,in,jhp->ihp", decay, dt, B, C, x), x
+    return torch.einsum("hij,jh,jn,in,jhp->ihp", decay, dt, B, C, x) + space.skip[:, None] * x
 
 
 def diagonal(layer, u):
@@ -102,8 +102,7 @@ def dpassm(layer, u):
     if layer.ssm == "diagonal":
         s = diagonal(layer, u)
     else:
-        s, x = selective(layer, u, j <= i)
-        s = s + layer.skip[:, None] * x
+        s = selective(layer, u, j <= i)
     g = torch.sigmoid(layer.gate_proj(u)).unflatten(-1, (layer.n_heads, -1))
     if layer.fuse == "residual":
         return o + (1 - g) * normed(layer.norm_s, s)
@@ -116,7 +115,7 @@ def blade(layer, u):
     o = chunked(layer, u)
     if layer.state_update is None:
         return o
-    r, _ = selective(layer, u, chunk_of(layer, j) < chunk_of(layer, i))
+    r = selective(layer, u, chunk_of(layer, j) < chunk_of(layer, i))
     g = torch.sigmoid(layer.gate_proj(u)).unflatten(-1, (layer.n_heads, -1))
     return g * normed(layer.norm_o, o) + (1 - g) * normed(layer.norm_r, r)
 
