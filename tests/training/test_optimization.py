@@ -32,7 +32,7 @@ def test_what_decays_and_what_does_not():
     assert {f"{first}q_proj.weight", f"{first}state_space.conv", "embedding.weight"} <= decays
     assert {"blocks.0.ffn.gate_proj.weight", "head.weight"} <= decays
     assert {f"{first}state_space.{n}" for n in ("A_log", "dt_bias")} <= quiet
-    assert {f"{first}skip", f"{first}norm_s.weight", "norm.weight"} <= quiet
+    assert {f"{first}state_space.skip", f"{first}norm_s.weight", "norm.weight"} <= quiet
     assert gates == {f"blocks.{i}.mixer.gate_proj.{n}" for i in (0, 1) for n in ("weight", "bias")}
     assert {name: (g["lr"], g["weight_decay"]) for name, (_, g) in found.items()} == {
         "decay": (1.0, 0.1),
