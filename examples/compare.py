@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from compare_report import BLOCKS, draw_lengths, draw_losses, draw_positions, page
 from output import write
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from reporting.logs import scalars, versions
 from torch import Tensor
 from training.checkpoints import newest_checkpoint, read_checkpoint
 from training.data import LongContextData
@@ -100,17 +100,6 @@ def train(command: list[str], root: Path) -> Path:
     return checkpoint
 
 
-def scalars(root: Path, name: str) -> dict[int, float]:
-    """A scalar by step, of all the runs that made one training."""
-    found: dict[int, float] = {}
-    runs = sorted(root.glob("lightning_logs/version_*"), key=lambda p: int(p.name[8:]))
-    for version in runs:
-        events = EventAccumulator(str(version), size_guidance={"scalars": 0}).Reload()
-        if name in events.Tags()["scalars"]:
-            found |= {event.step: event.value for event in events.Scalars(name)}
-    return found
-
-
 def stretches(args: argparse.Namespace, further: list[str]) -> Tensor:
     """`[n, 8 T + 1]` ids: the beginning of each held-out document that is long enough."""
     given = dict(f.removeprefix("--data.").split("=", 1) for f in further if "--data." in f)
@@ -149,13 +138,14 @@ def measure(checkpoint: Path, ids: Tensor, args: argparse.Namespace) -> dict[str
     root = checkpoint.parents[1]
     losses = {n: token_losses(model, ids, n) for n in (args.seq_len, LONGER * args.seq_len)}
     counts = model.parameter_counts()
+    logged = scalars(versions(root))
     return {
         "parameters": sum(counts.values()),
         "mixer_parameters": counts["mixers"],
         "ffn_dim": model.config.ffn_dim,
-        "train_loss": sorted(scalars(root, "train_loss").items()),
-        "tokens_per_second": statistics.median(scalars(root, "tokens_per_second").values()),
-        "peak_memory_gib": max(scalars(root, "peak_memory_gib").values()),
+        "train_loss": sorted(logged["train_loss"].items()),
+        "tokens_per_second": statistics.median(logged["tokens_per_second"].values()),
+        "peak_memory_gib": max(logged["peak_memory_gib"].values()),
         "validation": {
             str(n): {
                 "loss": x.mean().item(),

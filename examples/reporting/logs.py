@@ -56,13 +56,10 @@ def find(checkpoint: Checkpoint, place: Path | None = None) -> Log | None:
         FileNotFoundError: if a place was given and no log that fits is there.
         ValueError: for a folder's model and a place with several trainings.
     """
-    if place is None:
-        if checkpoint.step is None:
-            return None
-        versions = _versions(Path(os.path.normpath(checkpoint.path.parent / "..")))
-    else:
-        versions = _versions(place)
-    runs = {folder: _options(folder) for folder in versions}
+    if place is None and checkpoint.step is None:
+        return None
+    training = Path(os.path.normpath(checkpoint.path.parent / ".."))
+    runs = {folder: _options(folder) for folder in versions(place or training)}
     trainings = _trainings(runs, checkpoint.options)
     if place is not None and not trainings:
         raise FileNotFoundError(
@@ -79,10 +76,10 @@ def find(checkpoint: Checkpoint, place: Path | None = None) -> Log | None:
     written = checkpoint.path.stat().st_mtime
     before = [folders for folders in trainings if _began(folders[0]) <= written]
     folders = (before or trainings)[-1]
-    return Log(folders, runs[folders[-1]], _scalars(folders, checkpoint.step))
+    return Log(folders, runs[folders[-1]], scalars(folders, checkpoint.step))
 
 
-def _versions(place: Path) -> list[Path]:
+def versions(place: Path) -> list[Path]:
     """The folders of runs that are a place, or in it, from the first to the last."""
     if any(place.glob(EVENTS)):
         return [place]
@@ -125,7 +122,8 @@ def _began(folder: Path) -> float:
     return min(int(path.name.split(".")[3]) for path in folder.glob(EVENTS))
 
 
-def _scalars(folders: list[Path], step: int | None) -> dict[str, dict[int, float]]:
+def scalars(folders: list[Path], step: int | None = None) -> dict[str, dict[int, float]]:
+    """TensorBoard's scalars of runs, up to a step: by name and step, of which later runs win."""
     found: dict[str, dict[int, float]] = {}
     for folder in folders:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longctx_layers.convert.cache import cache_layer
 from longctx_layers.convert.families import attention_sites
 from longctx_layers.layers import AttentionLayer
+from longctx_layers.varlen import segment_ids_from_attention_mask, segment_ids_from_position_ids
 
 
 class ConvertedAttention(nn.Module):
@@ -94,11 +95,11 @@ def _segment_ids(kwargs: dict[str, Any]) -> Tensor | None:
                 f"attention_mask: expected at least the {inputs.shape[1]} columns of the call, got "
                 f"{mask.shape[1]}; append a 1 for each new token"
             )
-        real = mask[:, mask.shape[1] - inputs.shape[1] :] != 0
-        return None if not tracing and bool(real.all()) else real.to(torch.int64) - 1
+        mask = mask[:, mask.shape[1] - inputs.shape[1] :]
+        return None if not tracing and bool(mask.all()) else segment_ids_from_attention_mask(mask)
     if positions is None or kwargs.get("past_key_values") is not None:
         return None
-    begins = torch.diff(positions, prepend=positions[:, :1] - 1) != 1
-    if not tracing and not bool(begins.any()):
+    documents = segment_ids_from_position_ids(positions)
+    if not tracing and not bool(documents.any()):
         return None
-    return begins.cumsum(1).expand(inputs.shape[0], -1)
+    return documents.expand(inputs.shape[0], -1)

@@ -49,14 +49,5 @@ def _compute(
     return angle.cos().to(precise), angle.sin().to(precise)
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # or training could not use what inference has kept
-def _kept(
-    length: int,
-    dim: int,
-    base: float,
-    device: torch.device,
-    wide: torch.dtype,
-    precise: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return _compute(length, dim, base, device, wide, precise)
+# Outside of inference mode, or training could not use what inference has kept.
+_kept = lru_cache(maxsize=8)(torch.inference_mode(False)(_compute))

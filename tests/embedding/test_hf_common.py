@@ -7,29 +7,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import transformers
+from hf_models import VOCABULARY, every_pattern, hf_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from longctx_layers import LAYERS, LongContextLM
+from longctx_layers import LongContextLM
 from longctx_layers.hf import LongCtxCache, LongCtxConfig, LongCtxForCausalLM
 from longctx_layers.testing import small_model
 
-PATTERNS = [*((name,) for name in LAYERS), ("dpassm", "blade", "vanilla")]
-VOCABULARY = 13
-
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="+".join)
 tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def hf_model(*pattern: str, **config: Any) -> LongCtxForCausalLM:
-    return LongCtxForCausalLM.from_native(small_model(*pattern, **config).eval())
 
 
 def some_ids(*shape: int, seed: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hf_models import VOCABULARY, every_pattern, hf_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,27 +15,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
-from longctx_layers import LAYERS
 from longctx_layers.hf import LongCtxCache, LongCtxForCausalLM
 from longctx_layers.testing import MemoryMeter, small_model
 
-PATTERNS = [*((name,) for name in LAYERS), ("dpassm", "blade", "vanilla")]
 CONSTANT_STATE = ["window", "dpassm", "blade", "baseline_longformer"]
 GROWING_STATE = ["vanilla", "baseline_bigbird"]
-VOCABULARY = 13
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
-
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="+".join)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def hf_model(*pattern: str, **config: Any) -> LongCtxForCausalLM:
-    return LongCtxForCausalLM.from_native(small_model(*pattern, **config).eval())
 
 
 def some_ids(*shape: int, seed: int = 0) -> Tensor:

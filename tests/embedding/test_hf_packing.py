@@ -4,22 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import every_pattern
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from longctx_layers import LAYERS
 from longctx_layers.hf import LongCtxCache, LongCtxForCausalLM
 from longctx_layers.testing import small_model
 
-PATTERNS = [*((name,) for name in LAYERS), ("dpassm", "blade", "vanilla")]
 COLLATORS: dict[str, dict[str, bool]] = {
     "position_ids": {},
     "cu_seq_lens": {"return_position_ids": False, "return_flash_attn_kwargs": True},
     "seq_idx": {"return_position_ids": False, "return_seq_idx": True},
     "all": {"return_flash_attn_kwargs": True, "return_seq_idx": True},
 }
-
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="+".join)
 
 
 def hf_model(*pattern: str, **config: Any) -> LongCtxForCausalLM:

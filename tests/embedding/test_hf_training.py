@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from hf_models import every_pattern, hf_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,20 +21,6 @@ from transformers import (
 from longctx_layers import LAYERS
 from longctx_layers.hf import LongCtxConfig, LongCtxForCausalLM
 from longctx_layers.testing import small_model
-
-PATTERNS = [*((name,) for name in LAYERS), ("dpassm", "blade", "vanilla")]
-
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="+".join)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def hf_model(*pattern: str, **config: Any) -> LongCtxForCausalLM:
-    return LongCtxForCausalLM.from_native(small_model(*pattern, **config).eval())
 
 
 def text_rows(length: int, count: int) -> list[dict[str, Tensor]]:
