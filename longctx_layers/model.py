@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -123,29 +124,46 @@ class LongContextLM(nn.Module):
         self, ids: Tensor, state: ModelState | None = None, *, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """What the head gets, `[B, T, D]`, and the new state; arguments as for the model."""
-        expect_shape("ids", ids, (None, None), "[B, T]")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"ids: expected int64 or int32, got {ids.dtype}; convert with .long()")
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(
                 f"state: expected one for each of {len(self.blocks)} blocks, got {len(state)}; "
                 "pass what this model returned"
             )
+        return self.run_blocks(self.embed(ids), state, segment_ids)
+
+    def embed(self, ids: Tensor, *, name: str = "ids") -> Tensor:
+        """What the first block gets, `[B, T, D]`; `name` is what errors call the ids."""
+        expect_shape(name, ids, (None, None), "[B, T]")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected int64 or int32, got {ids.dtype}; use .long()")
         try:
-            x = self.dropout(self.embedding(ids))
+            return cast(Tensor, self.dropout(self.embedding(ids)))
         except IndexError as error:  # costs nothing, but is raised on the CPU only
             raise ValueError(
-                f"ids: expected token ids in [0, {self.config.vocab_size}), got ids from "
+                f"{name}: expected token ids in [0, {self.config.vocab_size}), got ids from "
                 f"{int(ids.min())} to {int(ids.max())}; use the tokenizer of this vocabulary"
             ) from error
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        state: ModelState | None = None,
+        segment_ids: Tensor | None = None,
+        *,
+        call: Callable[..., Any] | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """What the head gets for embedded tokens x `[B, T, D]`, and the new state.
+
+        Args:
+            call: called as `call(block, x, state, segment_ids)`, to return what the block does; by
+                default the block itself, checkpointed where `gradient_checkpointing` says so.
+        """
+        if call is None:
+            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+            call = partial(checkpoint, use_reentrant=False) if recompute else nn.Module.__call__
         states = []
         for i, block in enumerate(self.blocks):
-            before = None if state is None else state[i]
-            if recompute:
-                x, after = checkpoint(block, x, before, segment_ids, use_reentrant=False)
-            else:
-                x, after = block(x, before, segment_ids)
+            x, after = call(block, x, None if state is None else state[i], segment_ids)
             states.append(after)
         return self.norm(x), tuple(states)
 

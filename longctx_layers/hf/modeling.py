@@ -21,7 +21,6 @@ from longctx_layers.hf.cache import (
 )
 from longctx_layers.hf.inputs import call_segments
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
-from longctx_layers.ops.checks import expect_shape
 
 
 class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
@@ -124,15 +123,7 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
             raise ValueError(f"expected input_ids or inputs_embeds, got {given}; pass one of them")
         if input_ids is None:
             return cast("Tensor", self.model.dropout(inputs_embeds))
-        expect_shape("input_ids", input_ids, (None, None), "[B, T]")
-        try:
-            return cast("Tensor", self.model.dropout(self.model.embedding(input_ids)))
-        except IndexError as error:  # costs nothing, but is raised on the CPU only
-            raise ValueError(
-                f"input_ids: expected token ids in [0, {self.config.vocab_size}), got ids from "
-                f"{int(input_ids.min())} to {int(input_ids.max())}; use the tokenizer of this "
-                "vocabulary, or resize_token_embeddings"
-            ) from error
+        return self.model.embed(input_ids, name="input_ids")
 
     def _cache(self, given: Any, use_cache: bool | None) -> LongCtxCache | None:
         if given is None:
@@ -151,20 +142,21 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
     def _run(
         self, x: Tensor, state: Any, segment_ids: Tensor | None, keep_hidden: bool = False
     ) -> tuple[list[Tensor], Any]:
-        """The blocks and the last norm: what goes into each block, if kept, and comes out last."""
-        model = self.model
-        call: Callable[..., Any] = nn.Module.__call__
+        """What goes into each block, if kept, and what comes out last; and the new state."""
+        model, hidden = self.model, []
+        run: Callable[..., Any] = nn.Module.__call__
         if model.gradient_checkpointing and torch.is_grad_enabled():
-            call = getattr(model, "_gradient_checkpointing_func", None) or partial(
+            run = getattr(model, "_gradient_checkpointing_func", None) or partial(
                 checkpoint, use_reentrant=False
             )
-        hidden, states = [], []
-        for i, block in enumerate(model.blocks):
+
+        def call(block: nn.Module, x: Tensor, *rest: Any) -> Any:
             if keep_hidden:
                 hidden.append(x)
-            x, after = call(block, x, None if state is None else state[i], segment_ids)
-            states.append(after)
-        return [*hidden, model.norm(x)], tuple(states)
+            return run(block, x, *rest)
+
+        last, after = model.run_blocks(x, state, segment_ids, call=call)
+        return [*hidden, last], after
 
     # ---- What generate asks of a model
 
