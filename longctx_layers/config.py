@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from longctx_layers.layers import LAYERS, Projection
+from longctx_layers.layers import LAYERS, Projection, RopeScaling
 from longctx_layers.ops.checks import expect_positive
 
 
@@ -152,7 +152,10 @@ def _by_block_name(block_kwargs: Any, pattern: tuple[str, ...]) -> dict[str, dic
 
 
 def _with_projection(options: dict[str, Any]) -> dict[str, Any]:
-    # As JSON has it, a dict.
+    # As JSON has them, dicts.
     if isinstance(options.get("projection"), Mapping):
-        options["projection"] = Projection(**options["projection"])
+        given = dict(options["projection"])
+        if isinstance(given.get("rope_scaling"), Mapping):
+            given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+        options["projection"] = Projection(**given)
     return options

@@ -11,7 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longctx_layers.config import ModelConfig
-from longctx_layers.layers import AttentionLayer, Projection, build_layer, layer_options
+from longctx_layers.layers import (
+    AttentionLayer,
+    Projection,
+    RopeScaling,
+    build_layer,
+    layer_options,
+)
 from longctx_layers.model import LongContextLM
 from longctx_layers.self_check import error_budget, max_error
 
@@ -48,7 +54,13 @@ LAYER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "window_size": 4,
             "n_global_tokens": 3,
-            "projection": Projection(head_dim=6, bias=True, out_bias=True, qk_norm=True),
+            "projection": Projection(
+                head_dim=6,
+                bias=True,
+                out_bias=True,
+                qk_norm=True,
+                rope_scaling=RopeScaling(3.0, 16),
+            ),
         },
     ),
     "longformer-1": ("baseline_longformer", {"window_size": 1, "n_global_tokens": 3}),

@@ -1,9 +1,11 @@
 """Small random models of transformers, and exact versions of them to measure rounding by."""
 
+import math
 from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -32,6 +34,19 @@ FAMILIES = {
     "qwen3": lambda **options: Qwen3Config(
         **WIDE, head_dim=12, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **options
     ),
+    "llama3": lambda **options: LlamaConfig(
+        **WIDE,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e3,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+        **options,
+    ),
     "gpt2": lambda **options: GPT2Config(
         **SHAPE,
         attn_pdrop=0.0,
@@ -56,14 +71,30 @@ def pretrained(family, **options):
 class _Rotary(nn.Module):
     """Rotary tables in float64; transformers' own are of float32 in every model."""
 
-    def __init__(self, base, dim):
+    def __init__(self, rope, dim):
         super().__init__()
-        self.frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        base = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        self.frequency = torch.stack([_scaled(frequency, rope) for frequency in base])
 
     def forward(self, x, position_ids):
         angle = position_ids[..., None] * self.frequency
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos(), angle.sin()
+
+
+def _scaled(frequency, rope):
+    """As the types of scaling are defined, one frequency at a time."""
+    if rope["rope_type"] == "linear":
+        return frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        if turns < rope["low_freq_factor"]:
+            return frequency / rope["factor"]
+        if turns <= rope["high_freq_factor"]:
+            span = rope["high_freq_factor"] - rope["low_freq_factor"]
+            smooth = (turns - rope["low_freq_factor"]) / span
+            return (1 - smooth) * frequency / rope["factor"] + smooth * frequency
+    return frequency
 
 
 def exact(model):
@@ -76,8 +107,11 @@ def exact(model):
                 norm.weight = child.weight
                 setattr(module, name, norm)
             elif name == "rotary_emb":
-                base = model.config.rope_parameters["rope_theta"]
-                setattr(module, name, _Rotary(base, 2 * len(child.inv_freq)))
+                rope, dim = model.config.rope_parameters, 2 * len(child.inv_freq)
+                setattr(module, name, _Rotary(rope, dim))
+                # A bfloat16 model has rounded its own.
+                own = child.inv_freq.double()
+                assert_close(module.rotary_emb.frequency, own, rtol=5e-3, atol=0)
     return model
 
 

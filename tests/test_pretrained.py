@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from longctx_layers import pretrained
-from longctx_layers.layers import LAYERS, Projection
+from longctx_layers.layers import LAYERS, Projection, RopeScaling
 from longctx_layers.model import LongContextLM
 from longctx_layers.testing import small_model
 
@@ -42,12 +42,13 @@ def test_round_trip_is_exact(
 
 
 def test_options_survive(tmp_path: Path) -> None:
-    given = {"window": {"window_size": 3, "projection": Projection(head_dim=6, bias=True)}}
+    projection = Projection(head_dim=6, bias=True, rope_scaling=RopeScaling(8.0, 64))
+    given = {"window": {"window_size": 3, "projection": projection}}
     model = small_model("window", block_kwargs=given, dropout=0.1, norm_eps=1e-6)
     model.save_pretrained(tmp_path)
     loaded = LongContextLM.from_pretrained(tmp_path)
     assert loaded.config == model.config
-    assert loaded.blocks[0].mixer.head_dim == 6
+    assert loaded.blocks[0].mixer.projection == projection
 
 
 def test_dtype_and_device(tmp_path: Path) -> None:

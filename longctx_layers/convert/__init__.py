@@ -43,12 +43,13 @@ def convert_attention(
 
     The q, k, v and o projections stay (the very modules, where they are linear layers: with their
     biases, adapters and place in an optimizer), and so do grouped heads, head_dim, q/k norms and
-    the base of the rotary embedding. With `dpassm` the state space joins by `fuse="residual"`: it
-    adds nothing at first and still learns. So the converted model computes what the original does,
-    up to rounding, for sequences that the window covers, and beyond them what the original does
-    with a sliding window of that size. The same holds for `window`, `vanilla` and the two baselines
-    (but for what these see outside their window). It does not for `blade` with a state, and for
-    `fuse="gate"`, which begin as something new: they need more training.
+    the rotary embedding, `linear` and `llama3` scaling included. With `dpassm` the state space
+    joins by `fuse="residual"`: it adds nothing at first and still learns. So the converted model
+    computes what the original does, up to rounding, for sequences that the window covers, and
+    beyond them what the original does with a sliding window of that size. The same holds for
+    `window`, `vanilla` and the two baselines (but for what these see outside their window). It does
+    not for `blade` with a state, and for `fuse="gate"`, which begin as something new: they need
+    more training.
 
     `generate`, caches, beams, attention masks `[B, T]` and packed rows (position_ids that start
     again, without a mask and a cache) go on working. The layers' states live in the cache that the
@@ -71,8 +72,8 @@ def convert_attention(
 
     Raises:
         ValueError, TypeError: for models, layers or options that cannot be converted; what cannot
-            be kept (scaled rotary embeddings, cross-attention, sinks, caps on scores) is refused
-            before anything is changed.
+            be kept (rotary embeddings scaled otherwise, cross-attention, sinks, caps on scores) is
+            refused before anything is changed.
     """
     decoder = find_decoder(model)
     sites = attention_sites(decoder)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longctx_layers.layers import AttentionLayer, Projection, build_layer
+from longctx_layers.layers import AttentionLayer, Projection, RopeScaling, build_layer
 
 # Decoders by class name, with the names of their list of layers and of a layer's attention.
 DECODERS = {
@@ -82,13 +82,14 @@ def build_like(
         config.hidden_size,
         q.out_features // head_dim,
         n_kv_heads=k.out_features // head_dim,
-        rope_base=None if fused else _rope_base(config),
+        rope_base=None if fused else float(config.rope_parameters["rope_theta"]),
         dropout=_dropout(attention, config) if dropout is None else dropout,
         projection=Projection(
             head_dim=head_dim,
             bias=q.bias is not None,
             out_bias=out.bias is not None,
             qk_norm=hasattr(attention, "q_norm"),
+            rope_scaling=None if fused else _rope_scaling(config.rope_parameters),
         ),
         device=out.weight.device,
         dtype=getattr(config, "dtype", None) if not _floating(out) else out.weight.dtype,
@@ -135,16 +136,23 @@ def _linear(weight: Tensor, bias: Tensor, factor: float) -> nn.Linear:
     return linear
 
 
-def _rope_base(config: Any) -> float:
-    rope = config.rope_parameters
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type")
-    if kind != "default":
-        raise ValueError(
-            f"model: expected rotary embedding of type 'default', got {kind or rope!r}; a window "
-            "needs no scaled angles, but the weights were trained with them: convert the model "
-            "before its context was extended"
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling(rope["factor"])
+    if kind == "llama3":
+        return RopeScaling(
+            rope["factor"],
+            rope["original_max_position_embeddings"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
         )
-    return float(rope["rope_theta"])
+    raise ValueError(
+        f"model: expected rotary embedding of type 'default', 'linear' or 'llama3', got "
+        f"{kind or rope!r}; convert the model from before its context was extended so"
+    )
 
 
 def _dropout(attention: Any, config: Any) -> float:

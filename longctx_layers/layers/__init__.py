@@ -15,6 +15,7 @@ from longctx_layers.layers.blade import BLADE, BLADEState
 from longctx_layers.layers.causal import CausalAttention
 from longctx_layers.layers.dpassm import DPASSM, DPASSMState
 from longctx_layers.layers.longformer import Longformer, LongformerState
+from longctx_layers.layers.rotary import RopeScaling
 from longctx_layers.layers.state import detach_state, map_state, select_rows, state_to
 
 LAYERS: dict[str, Callable[..., AttentionLayer]] = {
@@ -74,6 +75,7 @@ __all__ = [
     "DPASSM",
     "Longformer",
     "Projection",
+    "RopeScaling",
     "build_layer",
     "detach_state",
     "layer_options",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longctx_layers.layers.checks import check_input, check_segment_ids, check_state
 from longctx_layers.layers.pieces import by_rows, lengths
-from longctx_layers.layers.rotary import rotary_table, rotate
+from longctx_layers.layers.rotary import RopeScaling, rotary_table, rotate
 from longctx_layers.layers.state import Field, Rows, arrange, tail
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
 from longctx_layers.ops.checks import expect_number, expect_positive
@@ -38,12 +38,14 @@ class Projection:
         bias: whether the q, k and v projections have biases.
         out_bias: whether the output projection has one.
         qk_norm: whether q and k pass an RMSNorm over head_dim with a learned scale.
+        rope_scaling: how the wavelengths of the rotary embedding are stretched; None: not at all.
     """
 
     head_dim: int | None = None
     bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
 
 
 class KeyValueState(NamedTuple):
@@ -327,7 +329,8 @@ class AttentionLayer(nn.Module):
             far_keys = far(queries, keys, values)
         if self.rope_base is not None:
             # Only distances matter: a key's angle counts from the first cached key.
-            cos, sin = rotary_table(k.shape[1], self.head_dim, self.rope_base, q)
+            scaling = self.projection.rope_scaling
+            cos, sin = rotary_table(k.shape[1], self.head_dim, self.rope_base, q, scaling)
             skip = k.shape[1] - q.shape[1]
             queries, keys = rotate(queries, (cos[skip:], sin[skip:])), rotate(keys, (cos, sin))
         y = sparse_attention(

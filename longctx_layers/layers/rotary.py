@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,7 +14,49 @@ from longctx_layers.ops import cpu_support
 _LONGEST_KEPT = 4096  # rows: a table of a megabyte
 
 
-def rotary_table(length: int, dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class RopeScaling:
+    """Longer wavelengths of the rotary embedding, as models of an extended context have them.
+
+    Attributes:
+        factor: what wavelengths are multiplied by.
+        original_length: tokens of the context before it was extended. None: all wavelengths take
+            the factor ("linear": Chen et al., arXiv 2306.15595).
+        low_freq_factor, high_freq_factor: with original_length ("llama3": Llama 3.1), wavelengths
+            above `original_length / low_freq_factor` take the factor, those below
+            `original_length / high_freq_factor` stay, and between the two the frequencies are
+            interpolated.
+    """
+
+    factor: float
+    original_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_length", "low_freq_factor"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor: expected more than low_freq_factor = {self.low_freq_factor}, "
+                f"got {self.high_freq_factor}"
+            )
+
+    def __call__(self, frequency: Tensor) -> Tensor:
+        """The scaled frequencies, in radians a token."""
+        slow = frequency / self.factor
+        if self.original_length is None:
+            return slow
+        turns = self.original_length * frequency / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        return torch.lerp(slow, frequency, ((turns - low) / (high - low)).clamp(0, 1))
+
+
+def rotary_table(
+    length: int, dim: int, base: float, like: Tensor, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[length, dim / 2]` of the angles of consecutive tokens.
 
     The angles are computed in float64 where the device has it (in float32 they are off by 0.05
@@ -23,7 +67,7 @@ def rotary_table(length: int, dim: int, base: float, like: Tensor) -> tuple[Tens
     precise = torch.promote_types(like.dtype, torch.float32)
     plain = type(like) in (Tensor, nn.Parameter) and cpu_support.refuse(like) is None
     compute = _kept if plain and length <= _LONGEST_KEPT else _compute
-    return compute(length, dim, base, like.device, wide, precise)
+    return compute(length, dim, base, scaling, like.device, wide, precise)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -40,11 +84,14 @@ def _compute(
     length: int,
     dim: int,
     base: float,
+    scaling: RopeScaling | None,
     device: torch.device,
     wide: torch.dtype,
     precise: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     frequency = base ** (torch.arange(0, dim, 2, device=device, dtype=wide) / -dim)
+    if scaling is not None:
+        frequency = scaling(frequency)
     angle = torch.arange(length, device=device, dtype=wide)[:, None] * frequency
     return angle.cos().to(precise), angle.sin().to(precise)
 

@@ -85,6 +85,18 @@ def test_equals_the_original_with_a_window_beyond_it(family, layers):
     assert (model(ids).logits - original(ids).logits).abs().max() > 1e-3, "the window is no limit"
 
 
+@torch.no_grad()
+def test_linear_scaling_of_the_rotary_embedding():
+    rope = {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}
+    original, ids = pretrained("llama", rope_parameters=rope), ids_of(2, WINDOW)
+    model = converted(original)
+    assert_same(*[m(ids).logits for m in (model, original, exact(original))])
+    plain = converted(pretrained("llama"))
+    assert (plain(ids).logits - model(ids).logits).abs().max() > 1e-3, (
+        "the scaling is no difference"
+    )
+
+
 @pytest.mark.parametrize("block_type", ["window", "vanilla", "baseline_longformer"])
 @torch.no_grad()
 def test_other_blocks_equal_the_original_too(block_type):
@@ -359,9 +371,9 @@ REFUSED = {
     "twice the same": ({}, {"layers": [0, -3]}, "different indices"),
     "no list": ({}, {"layers": 1}, "expected a list of layer indices"),
     "scaled rotary embedding": (
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
         {},
-        "expected rotary embedding of type 'default', got 'linear'",
+        "expected rotary embedding of type 'default', 'linear' or 'llama3', got 'yarn'",
     ),
     "dropout": ({"attention_dropout": 0.1}, {}, "pass dropout="),
 }

@@ -15,12 +15,17 @@ i = torch.arange(T)[:, None]  # queries
 j = torch.arange(T)  # keys
 
 
-def rotated(x, base):
+def rotated(layer, x):
     """RoPE on `[T, H, P]`: pairs of halves are complex numbers, turned by the position."""
-    if base is None:
+    if layer.rope_base is None:
         return x
-    half = x.shape[-1] // 2
-    angle = i * base ** (-torch.arange(half, dtype=x.dtype) / half)
+    half, scaling = x.shape[-1] // 2, layer.projection.rope_scaling
+    wavelength = 2 * math.pi * layer.rope_base ** (torch.arange(half, dtype=x.dtype) / half)
+    if scaling is not None:
+        turns = scaling.original_length / wavelength
+        kept = ((turns - 1) / (4 - 1)).clamp(0, 1)
+        wavelength = wavelength / (kept + (1 - kept) / scaling.factor)
+    angle = i * (2 * math.pi / wavelength)
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle)[:, None]
     return torch.cat([turned.real, turned.imag], -1)
 
@@ -35,7 +40,7 @@ def attention(layer, u, near, far=None):
     """Near keys by position `[T, T]`, far ones `(k, v, mask [H or 1, T, F])` by content alone."""
     q, k, v = (heads(layer, project(u)) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k = normed(layer.q_norm, q), normed(layer.k_norm, k)
-    turned_q, turned_k = rotated(q, layer.rope_base), rotated(k, layer.rope_base)
+    turned_q, turned_k = rotated(layer, q), rotated(layer, k)
     scores = torch.einsum("ihp,jhp->hij", turned_q, turned_k).masked_fill(~near, -math.inf)
     if far is not None:
         far_k, far_v, mask = far(k, v)

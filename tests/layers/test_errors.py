@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx_layers.layers import LAYERS, build_layer, layer_options
+from longctx_layers.layers import LAYERS, RopeScaling, build_layer, layer_options
 from longctx_layers.testing import LAYER_CASES, small_layer
 
 
@@ -28,6 +28,19 @@ from longctx_layers.testing import LAYER_CASES, small_layer
 def test_wrong_shared_hyperparameters(name, sizes, options, message):
     with pytest.raises(ValueError, match=message):
         build_layer(name, *sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0.0,), "factor: expected a number above 0, got 0.0"),
+        ((8.0, -1), "original_length: expected a number above 0, got -1"),
+        ((8.0, 64, 4.0, 4.0), "high_freq_factor: expected more than low_freq_factor = 4.0, got 4"),
+    ],
+)
+def test_wrong_scaling_of_rotary_embedding(values, message):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(*values)
 
 
 @pytest.mark.parametrize(
