@@ -19,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,6 @@ def measure(checkpoint: Path, ids: Tensor, args: argparse.Namespace) -> dict[str
         "mixer_parameters": counts["mixers"],
         "ffn_dim": model.config.ffn_dim,
         "train_loss": sorted(logged["train_loss"].items()),
-        "tokens_per_second": statistics.median(logged["tokens_per_second"].values()),
         "peak_memory_gib": max(logged["peak_memory_gib"].values()),
         "validation": {
             str(n): {
@@ -158,21 +158,39 @@ def measure(checkpoint: Path, ids: Tensor, args: argparse.Namespace) -> dict[str
     }
 
 
+def speeds(checkpoints: dict[str, Path], ids: Tensor, rounds: int = 7) -> dict[str, float]:
+    """Tokens per second of a loss with its gradients; the blocks take turns, medians of rounds."""
+    models = {block: read_checkpoint(path)[0].train() for block, path in checkpoints.items()}
+    seconds: dict[str, list[float]] = {block: [] for block in models}
+    for turn in range(rounds + 1):
+        for block, model in models.items():
+            begin = time.perf_counter()
+            model.loss(ids[:, :-1], ids[:, 1:]).backward()
+            if turn:  # the first is a warm-up
+                seconds[block].append(time.perf_counter() - begin)
+    return {b: ids[:, 1:].numel() / statistics.median(taken) for b, taken in seconds.items()}
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, further = parse(argv)
     ids = stretches(args, further)
-    results = {}
+    results, checkpoints = {}, {}
     for block in args.blocks:
         command = flags(block, args, further)
         # Other settings are another training: nothing is gone on with by mistake.
         key = hashlib.blake2b(f"{command} {len(ids)}".encode(), digest_size=4).hexdigest()
         root = args.logs / f"{block}-{key}"
         done = root / "result.json"
-        if not done.is_file():
-            write(done, json.dumps(measure(train(command, root), ids, args)))
-        results[block] = json.loads(done.read_text())
+        checkpoint = newest_checkpoint(root)
+        if checkpoint is None or not done.is_file():
+            checkpoint = train(command, root)
+            write(done, json.dumps(measure(checkpoint, ids, args)))
+        results[block], checkpoints[block] = json.loads(done.read_text()), checkpoint
         found = {n: round(v["perplexity"], 3) for n, v in results[block]["validation"].items()}
         print(f"{block}: perplexity by length {found}", flush=True)
+    batch = ids[: args.batch_size, : args.seq_len + 1]
+    for block, speed in speeds(checkpoints, batch).items():
+        results[block]["tokens_per_second"] = speed
     given = sys.argv[1:] if argv is None else argv
     metrics = {
         "command": " ".join(["python examples/compare.py", *given]),

@@ -115,7 +115,8 @@ def page(metrics: dict[str, Any]) -> str:
             f"per token of the same {measured['tokens']:,} tokens of {measured['documents']} "
             f"documents that no model saw, once in sequences of {trained} that begin anew and once "
             f"in sequences of {long:,}. The gain is that in loss over the window alone at "
-            f"{long:,}, paired by document, with its 95 % interval.",
+            f"{long:,}, paired by document, with its 95 % interval. The speed is that of a loss "
+            "with its gradients, in float32, all blocks in turns.",
             "",
             f"| block | parameters | perplexity at {trained} | perplexity at {long:,} | gain over "
             "the window (nats) | training tokens/s | peak memory (GiB, whole process) |",
