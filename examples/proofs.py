@@ -21,16 +21,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from evaluation.depth_proof import depth_rows
 from evaluation.drift_proof import drift_rows
 from evaluation.models import build
-from evaluation.proofs_plan import BLOCKS, DISTANCE, SEEDS, Depths, Drift, Run, plan
+from evaluation.proofs_plan import BLOCKS, SEEDS, Depths, Drift, Run, plan
 from evaluation.task_training import train
 from output import write
 from proofs_report import write_report
 from tqdm import tqdm
 
 from longctx_layers import LongContextLM
-from longctx_layers.evals import Mqar, Passkey, evaluate, needle_grid
+from longctx_layers.evals import Mqar, evaluate
 
 TOKENS, MOST, FEWEST = 262_144, 256, 32
 
@@ -87,7 +88,8 @@ def carry_out(run: Run | Drift | Depths, logs: Path) -> dict[str, Any]:
     if isinstance(run, Drift):
         return {**result, **drift_rows(run, logs)}
     if isinstance(run, Depths):
-        return {**result, **_by_depth(run, logs)}
+        name = result_path(Path(), run).stem.replace("depths", "passkey", 1)
+        return {**result, **depth_rows(run, LongContextLM.from_pretrained(logs / name))}
     model = build(run.block, run.options, seed=run.seed)
     trained = _train(run, model)
     model.save_pretrained(logs / result_path(Path(), run).stem)
@@ -123,17 +125,6 @@ def _train(run: Run, model: LongContextLM) -> dict[str, Any]:
 
         trained = train(model, run.training_tasks(), run.recipe, seed=run.seed, progress=progress)
     return {**trained, "curve": curve}
-
-
-def _by_depth(run: Depths, logs: Path) -> dict[str, Any]:
-    name = result_path(Path(), run).stem.replace("depths", "passkey", 1)
-    model = LongContextLM.from_pretrained(logs / name)
-    rows = []
-    for depth, task in needle_grid(run.depths, Passkey(distance=DISTANCE)).items():
-        score = evaluate(model, task, run.length, n=run.n, seed=2000 + run.seed, probe=False)
-        rows.append({"depth": depth, "accuracy": score.accuracy, "low": score.low,
-                     "high": score.high, "length": run.length})  # fmt: skip
-    return {"length": run.length, "n": run.n, "rows": rows}
 
 
 def _ask(run: Run, task: Any, model: LongContextLM) -> list[dict[str, Any]]:

@@ -121,6 +121,7 @@ class Depths:
         name, seed: of the run.
         length: of the sequences.
         n: how many at each of `depths` places.
+        early: tokens after which a layer's state is kept, to be put in again at the end.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Depths:
     length: int = 64 * TRAINED
     n: int = 16
     depths: int = 5
+    early: int = 4 * TRAINED
     proof: str = field(default="depths", init=False)
 
     @property
@@ -146,11 +148,11 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
     off = ("dpassm, state path off", "blade, state path off", "window")
     others = ("vanilla", "baseline_longformer", "baseline_bigbird")
     memories = ("dpassm", "blade")
-    long = Recipe(1000, TRAINED, tokens=4096, longest=128)
+    long = Recipe(2000, TRAINED, tokens=4096, longest=128)
     short = Recipe(250, TRAINED, tokens=4096, longest=1)
     copying = Recipe(500, TRAINED, tokens=8192, longest=4)
     baseline = Recipe(500, TRAINED, tokens=4096, longest=4)
-    pairs = Recipe(1000, TRAINED, tokens=4096, longest=4)
+    pairs = Recipe(2000, TRAINED, tokens=4096, longest=4)
     return [
         *(Run("passkey", name, seed, long, far) for name in memories),
         *(Depths(name, seed) for name in memories),

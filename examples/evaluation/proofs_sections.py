@@ -136,7 +136,27 @@ def _depths(found: dict[str, list[Result]]) -> str:
     return (
         f"\nThe same by where the value was told, in {one['length']:,} tokens ({one['n']} "
         "sequences each). Told late, it has more noise before it and a shorter way to its "
-        "question.\n\n" + table(header, rows)
+        "question.\n\n" + table(header, rows) + "\n" + _exchanges(found)
+    )
+
+
+def _exchanges(found: dict[str, list[Result]]) -> str:
+    """What an early state of one layer changes."""
+    one = next(iter(found.values()))[0]
+    rows = [
+        [
+            figures.label(block),
+            *(shown([r[what] for r in seeds]) for what in ("as_is", "first_early", "last_early")),
+        ]
+        for block, seeds in found.items()
+    ]
+    return (
+        f"Told at 0%, with a layer's recurrent state exchanged, {TRAINED} tokens before the "
+        f"question, for the one that it had after {one['early']:,} tokens. Where the first layer's "
+        "brings the answer back, the value was never lost: that layer's state goes on taking in "
+        "noise, and what it then adds keeps the last layer from reading. Where the last layer's "
+        "takes it away, that is where the value lies.\n\n"
+        + table(["block", "as it is", "first layer's exchanged", "last layer's"], rows)
     )
 
 

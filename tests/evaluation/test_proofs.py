@@ -29,7 +29,7 @@ def few(monkeypatch):
 def small_plan(seeds):
     return [
         Run("passkey", "dpassm", seeds[0], TINY, (256, 512)),
-        Depths("dpassm", seeds[0], length=512, n=2),
+        Depths("dpassm", seeds[0], length=512, n=2, early=64),
         Run("copy_recall", "blade", seeds[0], TINY, (256,)),
         Run("mqar", "vanilla", seeds[0], TINY, (256,), state_dim=8),
     ]
@@ -56,6 +56,7 @@ def test_runs_are_kept_and_the_page_is_written(few, tmp_path, monkeypatch):
     assert "blade at 4,096 tokens, at least 95%: not measured yet" in page
     assert "(../reports/proofs/passkey_by_length.png)" in page
     assert "| told at 0% | told at 25% |" in page
+    assert "| first layer's exchanged |" in page
     for name in ("passkey_by_length.png", "mqar_by_state.png"):
         assert (tmp_path / "reports/proofs" / name).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(proofs, "carry_out", lambda *_: pytest.fail("done again"))

@@ -1,0 +1,51 @@
+"""The proof of where a memory fails: by depth, and with the state that one layer had early on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from evaluation.proofs_plan import DISTANCE, TRAINED, Depths
+from longctx_layers import LongContextLM
+from longctx_layers.evals import Batch, Passkey, evaluate, needle_grid, read
+from longctx_layers.model import IGNORED_LABEL
+
+
+def depth_rows(run: Depths, model: LongContextLM) -> dict[str, Any]:
+    """Accuracy by where the value was told; told first, also after the exchange of a state."""
+    rows = []
+    for depth, task in needle_grid(run.depths, Passkey(distance=DISTANCE)).items():
+        score = evaluate(model, task, run.length, n=run.n, seed=2000 + run.seed, probe=False)
+        rows.append({"depth": depth, "accuracy": score.accuracy, "low": score.low,
+                     "high": score.high, "length": run.length})  # fmt: skip
+    generator = torch.Generator().manual_seed(3000 + run.seed)
+    batch = Passkey(distance=DISTANCE, depth=0.0).draw(run.n, run.length, generator)
+    exchanged = with_early_memory(model, batch, run.early)
+    return {"length": run.length, "n": run.n, "early": run.early, "rows": rows, **exchanged}
+
+
+@torch.no_grad()
+def with_early_memory(model: LongContextLM, batch: Batch, early: int) -> dict[str, float]:
+    """Accuracy as it is, and if a layer's recurrent state were still that of `early` tokens.
+
+    The state is exchanged once, `TRAINED` tokens before the question: of the first layer, which
+    takes in the noise as it comes, or of the last, which has the value.
+    """
+    cut = batch.asked - TRAINED
+    young = read(model, batch.ids[:, :early])
+    old = read(model, batch.ids[:, early:cut], young)
+
+    def accuracy(*layers: int) -> float:
+        state = list(old)
+        for i in layers:
+            kinds = model.blocks[i].mixer.fields()
+            memory = {n: getattr(young[i], n) for n in kinds if kinds[n].kind == "accumulator"}
+            state[i] = old[i]._replace(**memory)
+        hidden, _ = model.backbone(batch.ids[:, cut:], tuple(state))
+        labels = batch.labels[:, cut:]
+        asked = labels != IGNORED_LABEL
+        right = model.project(hidden[asked]).argmax(-1) == labels[asked]
+        return right.double().mean().item()
+
+    return {"as_is": accuracy(), "first_early": accuracy(0), "last_early": accuracy(-1)}
