@@ -150,7 +150,7 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
     memories = ("dpassm", "blade")
     long = Recipe(2000, TRAINED, tokens=4096, longest=128)
     short = Recipe(250, TRAINED, tokens=4096, longest=1)
-    copying = Recipe(500, TRAINED, tokens=8192, longest=4)
+    copying = Recipe(1000, TRAINED, tokens=8192, longest=4)
     baseline = Recipe(500, TRAINED, tokens=4096, longest=4)
     pairs = Recipe(2000, TRAINED, tokens=4096, longest=4)
     return [
