@@ -7,6 +7,7 @@ model = convert_attention(model, "dpassm", window_size=1024)
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -121,7 +122,12 @@ def load_converted(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
             f"{directory}: expected a config with {RECORD!r}, as a converted model's has, found "
             "none; load it with transformers' from_pretrained"
         )
-    base = getattr(transformers, config.architectures[0])
+    base = getattr(transformers, name := config.architectures[0], None)
+    if base is None:
+        raise ValueError(
+            f"{directory}: expected a model class of transformers, found {name!r}; build the model "
+            f"yourself, convert it by its config's {RECORD!r}, and load the weights"
+        )
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -130,9 +136,10 @@ def load_converted(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
 
     # Under its own name, so that what transformers writes and prints names the model's class.
     loader: Any = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
-    model = loader.from_pretrained(directory, config=config, **kwargs)
-    model.__class__ = base
-    return model
+    loaded = loader.from_pretrained(directory, config=config, **kwargs)
+    # With output_loading_info, a pair.
+    (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = base
+    return loaded
 
 
 def _chosen(layers: Sequence[int] | None, count: int) -> list[int]:
@@ -140,7 +147,9 @@ def _chosen(layers: Sequence[int] | None, count: int) -> list[int]:
         return list(range(count))
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence):
         raise TypeError(f"layers: expected a list of layer indices, got {layers!r}; pass e.g. [0]")
-    chosen = sorted({i % count for i in layers if -count <= i < count})
+    if wrong := [i for i in layers if isinstance(i, bool) or not hasattr(i, "__index__")]:
+        raise TypeError(f"layers: expected integers, got {wrong}; pass indices, e.g. [0, -1]")
+    chosen = sorted({i % count for i in map(operator.index, layers) if -count <= i < count})
     if len(chosen) < len(layers) or not chosen:
         raise ValueError(
             f"layers: expected different indices in [-{count}, {count}), got {list(layers)}; the "

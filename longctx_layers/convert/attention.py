@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from longctx_layers.convert.cache import cache_layer
 from longctx_layers.convert.families import attention_sites
 from longctx_layers.layers import AttentionLayer
-from longctx_layers.varlen import segment_ids_from_attention_mask, segment_ids_from_position_ids
+from longctx_layers.varlen import (
+    position_ids_from_segment_ids,
+    segment_ids_from_attention_mask,
+    segment_ids_from_cu_seqlens,
+    segment_ids_from_position_ids,
+)
 
 
 class ConvertedAttention(nn.Module):
@@ -71,6 +76,11 @@ def hand_over_segments(
     if all(isinstance(site.attention, ConvertedAttention) for site in attention_sites(decoder)):
         # Decoders hand a mask of four dimensions to their layers as it is.
         kwargs["attention_mask"] = torch.empty(0, 0, 0, 0)
+    elif kwargs["segment_ids"] is not None and kwargs.get("attention_mask") is None:
+        # The layers that kept their attention know documents by positions, and without a cache.
+        kwargs["use_cache"] = False
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = position_ids_from_segment_ids(kwargs["segment_ids"])
     return (), kwargs
 
 
@@ -97,7 +107,13 @@ def _segment_ids(kwargs: dict[str, Any]) -> Tensor | None:
             )
         mask = mask[:, mask.shape[1] - inputs.shape[1] :]
         return None if not tracing and bool(mask.all()) else segment_ids_from_attention_mask(mask)
-    if positions is None or kwargs.get("past_key_values") is not None:
+    if kwargs.get("past_key_values") is not None:
+        return None
+    if (documents := kwargs.get("seq_idx")) is not None:
+        return cast("Tensor", documents)
+    if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
+        return segment_ids_from_cu_seqlens(bounds, inputs.shape[1])
+    if positions is None:
         return None
     documents = segment_ids_from_position_ids(positions)
     if not tracing and not bool(documents.any()):

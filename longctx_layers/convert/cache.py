@@ -107,6 +107,11 @@ def cache_layer(cache: Any, index: int) -> StateCacheLayer:
         )
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) <= index:
+        raise TypeError(
+            f"past_key_values: expected a DynamicCache, got a {type(cache).__name__} without a "
+            f"place for layer {index}; pass DynamicCache(config=model.config), or nothing"
+        )
     layer: Any = cache.layers[index]
     if isinstance(layer, StateCacheLayer):
         return layer

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from longctx_layers.layers import AttentionLayer, Projection, RopeScaling, build_layer
 
@@ -75,6 +76,12 @@ def build_like(
     attention = site.attention
     _refuse_unsupported(attention, config)
     fused = hasattr(attention, "c_attn")
+    for name in ("c_attn", "c_proj") if fused else ():
+        if not isinstance(module := getattr(attention, name), Conv1D):
+            raise ValueError(
+                f"{name}: expected the model's own Conv1D, got a {type(module).__name__}; it is "
+                "taken apart: merge adapters first (merge_and_unload), or add them after converting"
+            )
     parts = _split(attention) if fused else {name: getattr(attention, name) for name in PROJECTIONS}
     q, k, out, head_dim = parts["q_proj"], parts["k_proj"], parts["o_proj"], attention.head_dim
     layer = build_layer(

@@ -138,6 +138,11 @@ class AttentionLayer(nn.Module):
             expect_number("rope_base", rope_base)
             if not (math.isfinite(rope_base) and rope_base > 0):
                 raise ValueError(f"rope_base: expected a number above 0 or None, got {rope_base}")
+        if not isinstance(projection.rope_scaling, (RopeScaling, type(None))):
+            raise TypeError(
+                f"rope_scaling: expected a RopeScaling or None, got {projection.rope_scaling!r}; "
+                "pass e.g. RopeScaling(factor=8.0, original_length=8192)"
+            )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads

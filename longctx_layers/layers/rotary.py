@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx_layers.ops import cpu_support
+from longctx_layers.ops.checks import expect_number
 
 _LONGEST_KEPT = 4096  # rows: a table of a megabyte
 
@@ -36,12 +37,16 @@ class RopeScaling:
     def __post_init__(self) -> None:
         for name in ("factor", "original_length", "low_freq_factor"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
+            if name == "original_length" and value is None:
+                continue
+            expect_number(name, value)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a number above 0, got {value}; pass another")
+        expect_number("high_freq_factor", self.high_freq_factor)
         if not self.high_freq_factor > self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor: expected more than low_freq_factor = {self.low_freq_factor}, "
-                f"got {self.high_freq_factor}"
+                f"got {self.high_freq_factor}; make it larger"
             )
 
     def __call__(self, frequency: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pretrained_models import FAMILIES, exact, pretrained, with_window
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from longctx_layers.convert import ConvertedAttention, convert_attention, load_converted
+from longctx_layers.hf import LongCtxCache
 from longctx_layers.testing import MemoryMeter, assert_within_budget
 
 WINDOW = 12
@@ -355,6 +356,35 @@ def test_copies_are_converted_models_too():
     assert_close(*logits, rtol=0, atol=0)
 
 
+def test_loading_with_information_and_of_foreign_classes(tmp_path):
+    model = converted(pretrained("llama"))
+    model.save_pretrained(tmp_path)
+    loaded, info = load_converted(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert not info["missing_keys"]
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "MyLlama"))
+    with pytest.raises(ValueError, match="expected a model class of transformers, found 'MyLlama'"):
+        load_converted(tmp_path)
+
+
+@LAYERS
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "seq_idx"])
+@torch.no_grad()
+def test_documents_are_apart_however_they_are_told(given, layers):
+    """Also with the cache that transformers makes unasked, and in layers that kept theirs."""
+    original, ids = pretrained("llama"), ids_of(1, 12)
+    model = converted(original, layers=layers)
+    told = {
+        "position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None],
+        "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32),
+        "seq_idx": torch.tensor([0] * 5 + [1] * 7)[None],
+    }
+    parts = [ids[:, :5], ids[:, 5:]]
+    apart = [torch.cat([m(p).logits for p in parts], 1) for m in (original, exact(original))]
+    assert_same(model(ids, **{given: told[given]}).logits, *apart)
+
+
 def test_loading_a_folder_without_a_record(tmp_path):
     pretrained("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a config with 'longctx_attention'"):
@@ -370,6 +400,7 @@ REFUSED = {
     "index": ({}, {"layers": [0, 3]}, r"indices in \[-3, 3\)"),
     "twice the same": ({}, {"layers": [0, -3]}, "different indices"),
     "no list": ({}, {"layers": 1}, "expected a list of layer indices"),
+    "no integers": ({}, {"layers": [True, 0.5]}, r"layers: expected integers, got \[True, 0.5\]"),
     "scaled rotary embedding": (
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
         {},
@@ -388,6 +419,15 @@ def test_refused_before_anything_is_changed(case):
         convert_attention(model, **options)
     assert repr(model) == before
     assert not hasattr(model.config, "longctx_attention")
+
+
+def test_adapters_of_gpt2_are_not_lost():
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    adapted = peft.get_peft_model(pretrained("gpt2"), config)
+    with pytest.raises(ValueError, match="c_attn: expected the model's own Conv1D.*merge adapters"):
+        convert_attention(adapted, **OPTIONS)
+    assert convert_attention(adapted.merge_and_unload(), **OPTIONS) is not None
 
 
 def test_refused_models():
@@ -416,6 +456,8 @@ def test_refused_calls():
         generations(model, ids, cache_implementation="static")
     with pytest.raises(TypeError, match="expected a Cache of transformers"):
         model.model.layers[0].self_attn(torch.zeros(1, 1, 32), past_key_values=())
+    with pytest.raises(TypeError, match="without a place for layer 0"):
+        model(ids, past_key_values=LongCtxCache())
     cache = model(ids, use_cache=True).past_key_values
     cache.crop(0)
     with pytest.raises(ValueError, match="state cannot go back"):
