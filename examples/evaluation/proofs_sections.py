@@ -154,8 +154,8 @@ def _exchanges(found: dict[str, list[Result]]) -> str:
         f"Told at 0%, with a layer's recurrent state exchanged, {TRAINED} tokens before the "
         f"question, for the one that it had after {one['early']:,} tokens. Where the first layer's "
         "brings the answer back, the value was never lost: that layer's state goes on taking in "
-        "noise, and what it then adds keeps the last layer from reading. Where the last layer's "
-        "takes it away, that is where the value lies.\n\n"
+        "noise, and what it then adds keeps the last layer from reading. The last "
+        "layer's early state has the value too: where it gains nothing, nothing was lost there.\n\n"
         + table(["block", "as it is", "first layer's exchanged", "last layer's"], rows)
     )
 
