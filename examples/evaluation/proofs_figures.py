@@ -58,7 +58,7 @@ def by_state(found: Found, length: int, pairs: Sequence[int]) -> bytes:
     """Accuracy against bytes of state, a line of numbers of pairs for each block, as a PNG."""
     figure, axes = new_figure(
         f"Associative recall in {length} tokens: accuracy by bytes of state",
-        f"state behind {length} tokens (bytes, logarithmic)",
+        f"state behind {length} tokens (bytes); at the points: pairs of key and value",
         "accuracy (median of the seeds)",
     )
     for name, seeds in found.items():
@@ -74,22 +74,26 @@ def by_state(found: Found, length: int, pairs: Sequence[int]) -> bytes:
             places.append(rows[0]["state_bytes"])
             middles.append(statistics.median(row["accuracy"] for row in rows))
         axes.plot(places, middles, color=colour, marker=mark, markersize=6, label=text, alpha=0.8)
-        for place, middle, count in zip(places, middles, pairs, strict=True):
+        # One word for points that lie upon each other.
+        together: list[tuple[float, list[int]]] = []
+        for middle, count in zip(middles, pairs, strict=True):
+            if together and abs(together[-1][0] - middle) < 0.04:
+                together[-1][1].append(count)
+            else:
+                together.append((middle, [count]))
+        for middle, counts in together:
             axes.annotate(
-                str(count), (place, middle), xytext=(6, -3), textcoords="offset points",
-                fontsize=7, color=GREY,
+                ", ".join(map(str, counts)), (places[0], middle), xytext=(8, -3),
+                textcoords="offset points", fontsize=8, color=GREY,
             )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_ylim(-0.03, 1.03)
-    axes.text(
-        0.01, 0.99, "numbers: pairs of key and value", transform=axes.transAxes, va="top",
-        fontsize=8, color=GREY,
-    )  # fmt: skip
+    lengths_along(axes)
+    axes.margins(x=0.15)
+    axes.set_ylim(-0.05, 1.05)
     return png(figure, axes)
 
 
 def by_position(found: Found) -> bytes:
-    """Loss by position over the stream, the mean of ten parts at a time, as a PNG."""
+    """Loss by position over the stream, the mean of each stretch with the whole text, as a PNG."""
     figure, axes = new_figure(
         "Loss over a stream of held-out text", "position in the stream (bytes)",
         "loss (nats per byte)",
@@ -98,8 +102,9 @@ def by_position(found: Found) -> bytes:
         colour, mark, line, text = style(name)
         for i, result in enumerate(seeds):
             losses, part = result["by_position"], result["part"]
-            groups = [losses[k : k + 10] for k in range(0, len(losses), 10)]
-            places = [(10 * k + len(g) / 2) * part for k, g in enumerate(groups)]
+            size = len(losses) // result["rotations"]
+            groups = [losses[k : k + size] for k in range(0, len(losses), size)]
+            places = [(size * k + len(g) / 2) * part for k, g in enumerate(groups)]
             axes.plot(
                 places, [statistics.mean(g) for g in groups], line, color=colour, marker=mark,
                 markersize=5, label=None if i else text, alpha=1.0 if not i else 0.5,
