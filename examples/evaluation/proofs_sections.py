@@ -91,17 +91,27 @@ def at_training_length(found: dict[str, list[Result]]) -> str:
     return table(header, rows)
 
 
+def lengths_of(found: dict[str, list[Result]]) -> list[int]:
+    """All lengths that were asked at."""
+    return sorted({row["length"] for s in found.values() for r in s for row in r["rows"]})
+
+
+def at_lengths(found: dict[str, list[Result]], lengths: Sequence[int]) -> str:
+    """The table of accuracy by length."""
+    rows = [
+        [figures.label(block), *(shown(values(seeds, n, "accuracy")) for n in lengths)]
+        for block, seeds in found.items()
+    ]
+    return table(["block", *(f"{length:,}" for length in lengths)], rows)
+
+
 def passkey(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
     """Passkey, at the training length and far beyond it."""
     found = of(results, "passkey")
     name = "Passkey, and how far it carries"
     if not found:
         return name, "", {}
-    lengths = sorted({row["length"] for s in found.values() for r in s for row in r["rows"]})
-    rows = []
-    for block, seeds in found.items():
-        numbers = [values(seeds, length, "accuracy") for length in lengths]
-        rows.append([figures.label(block), *(shown(n) for n in numbers)])
+    lengths = lengths_of(found)
     targets = [
         f"- {block} at {length:,} tokens, at least {target:.0%}: "
         f"{judged(found.get(block), length, target)}"
@@ -113,7 +123,7 @@ def passkey(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
         f"guess scores 0.031. At {TRAINED} tokens, the training length:\n\n"
         + at_training_length(found)
         + f"\nThe same models at up to {max(lengths):,} tokens:\n\n"
-        + table(["block", *(f"{length:,}" for length in lengths)], rows)
+        + at_lengths(found, lengths)
         + "\nTargets:\n\n"
         + "\n".join(targets)
         + "\n"
@@ -166,11 +176,6 @@ def copying(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
     name = "Copy and recall"
     if not found:
         return name, "", {}
-    lengths = sorted({row["length"] for s in found.values() for r in s for row in r["rows"]})
-    rows = [
-        [figures.label(block), *(shown(values(seeds, n, "accuracy")) for n in lengths)]
-        for block, seeds in found.items()
-    ]
     targets = [
         f"- {block} at {TRAINED} tokens, at least 99 %: {judged(found.get(block), TRAINED, 0.99)}"
         for block in ("dpassm", "blade")
@@ -180,7 +185,7 @@ def copying(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
         f"it given; a guess scores 0.031. At {TRAINED} tokens:\n\n"
         + at_training_length(found)
         + "\nBy length:\n\n"
-        + table(["block", *(f"{length:,}" for length in lengths)], rows)
+        + at_lengths(found, lengths_of(found))
         + "\nTargets:\n\n"
         + "\n".join(targets)
         + "\n"
