@@ -71,8 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def result_path(folder: Path, run: Run | Drift | Depths) -> Path:
     """Where the result of a run is kept."""
     name = run.name.replace(", ", "-").replace(" ", "-")
-    state = f"-n{run.state_dim}" if isinstance(run, Run) and run.state_dim else ""
-    return folder / "runs" / f"{run.proof}-{name}{state}-{run.seed}.json"
+    if isinstance(run, Run) and run.state_dim:
+        name += f"-n{run.state_dim}"
+    if isinstance(run, Drift) and run.anew:
+        name += "-anew"
+    return folder / "runs" / f"{run.proof}-{name}-{run.seed}.json"
 
 
 def carry_out(run: Run | Drift | Depths, logs: Path) -> dict[str, Any]:

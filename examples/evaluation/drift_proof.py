@@ -34,6 +34,7 @@ def train(run: Drift, root: Path) -> Path:
         "data.seq_len": run.length,
         "data.batch_size": ROWS,
         "data.carry_state": True,
+        "data.separate_documents": run.anew,
         "trainer.accelerator": "cpu",
         "trainer.max_steps": run.steps,
         "trainer.limit_val_batches": 0,
@@ -69,6 +70,7 @@ def drift_rows(run: Drift, logs: Path) -> dict[str, Any]:
     if has_memory(model):
         zeroed = stream(model, ids, forget_every=FORGOTTEN).loss.mean().item()
     return {
+        "anew": run.anew,
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": run.steps,
         "trained_tokens": run.steps * ROWS * run.length,

@@ -98,6 +98,7 @@ class Drift:
         seed: of the weights and of the order of the text.
         steps: of 8 rows of `length` bytes.
         stream: tokens that are read afterwards.
+        anew: whether the state begins anew with each file in training. The stream never does.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Drift:
     steps: int = 150
     length: int = 512
     stream: int = 100_000
+    anew: bool = False
     proof: str = field(default="drift", init=False)
 
     @property
@@ -166,4 +168,5 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
             Run("mqar", name, seed, pairs, far[:3], state_dim=32)
             for name in ("blade", *others, "window")
         ),
+        Drift("dpassm", seed, anew=True),
     ]

@@ -69,6 +69,9 @@ class LongContextData(lightning.LightningDataModule):
         seed: of the split and of the order of documents and rows.
         streaming: whether to tokenise while training, and keep nothing on the disk.
         carry_state: whether row b of a batch goes on where row b of the one before stopped.
+        separate_documents: whether attention and state begin anew with each document. If not, they
+            go on, and the segment ids tell tokens (0) from pads only: for models that will read
+            streams which never begin anew.
         cache_dir: where tokenised data and learnt tokenizers are kept; a folder in the user's cache
             unless given.
 
@@ -96,6 +99,7 @@ class LongContextData(lightning.LightningDataModule):
         seed: int = 0,
         streaming: bool = False,
         carry_state: bool = False,
+        separate_documents: bool = True,
         cache_dir: str | None = None,
     ):
         super().__init__()
@@ -135,6 +139,7 @@ class LongContextData(lightning.LightningDataModule):
             validation_documents,
         )
         self.seed, self.streaming, self.carry_state = seed, streaming, carry_state
+        self.separate_documents = separate_documents
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.progress = Progress()
         self._tokenizer: Tokenizer | None = None
@@ -251,6 +256,8 @@ class LongContextData(lightning.LightningDataModule):
         """Called by the trainer with each batch that it is about to use."""
         if self.trainer is not None and self.trainer.training:
             self.progress.taken(limit=self.trainer.num_training_batches)
+        if not self.separate_documents:
+            batch = {**batch, "segment_ids": batch["segment_ids"].clamp(max=0)}
         return batch
 
     # ---- Resumption

@@ -109,6 +109,18 @@ def test_every_document_is_on_one_side_and_whole(make, tokenizer, carry_state):
     assert f"{len(data.training)} documents" in data.describe()
 
 
+@pytest.mark.parametrize("options", [{}, {"carry_state": True}, {"streaming": True}], ids=str)
+def test_documents_that_are_not_separate_are_one_segment(make, options):
+    data = make(**options, separate_documents=False)
+    seen = Counter()
+    for apart in data.train_dataloader():
+        one = data.on_before_batch_transfer(apart, 0)
+        pads = apart["segment_ids"] < 0
+        seen.update(apart["segment_ids"][~pads].tolist())
+        same([one], [{**apart, "segment_ids": -pads.long()}])
+    assert len(seen) > 1
+
+
 def test_streams_hold_out_what_they_validate_on(make):
     data = make(streaming=True, validation_fraction=0.2, validation_documents=3)
     stored = make(validation_fraction=0.2)
