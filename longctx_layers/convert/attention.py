@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from longctx_layers.convert.cache import cache_layer
 from longctx_layers.convert.families import attention_sites
 from longctx_layers.layers import AttentionLayer
-from longctx_layers.varlen import (
-    position_ids_from_segment_ids,
-    segment_ids_from_attention_mask,
-    segment_ids_from_cu_seqlens,
-    segment_ids_from_position_ids,
-)
+from longctx_layers.varlen import call_segments, position_ids_from_segment_ids
 
 
 class ConvertedAttention(nn.Module):
@@ -88,34 +83,17 @@ def _segment_ids(kwargs: dict[str, Any]) -> Tensor | None:
     """`[B, T]`: documents of packed rows, -1 at pads; None for one segment in each row."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     inputs = embeddings if ids is None else ids
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if inputs is None:
         return None  # the decoder itself has an error for it
-    tracing = torch.compiler.is_compiling()
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask: expected [B, T] with 0 at pads, got {shape}; converted layers "
-                "have their own pattern: pack documents by position_ids, and leave "
-                "cache_implementation out"
-            )
-        if mask.shape[1] < inputs.shape[1]:
-            raise ValueError(
-                f"attention_mask: expected at least the {inputs.shape[1]} columns of the call, got "
-                f"{mask.shape[1]}; append a 1 for each new token"
-            )
-        mask = mask[:, mask.shape[1] - inputs.shape[1] :]
-        return None if not tracing and bool(mask.all()) else segment_ids_from_attention_mask(mask)
-    if kwargs.get("past_key_values") is not None:
-        return None
-    if (documents := kwargs.get("seq_idx")) is not None:
-        return cast("Tensor", documents)
-    if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
-        return segment_ids_from_cu_seqlens(bounds, inputs.shape[1])
-    if positions is None:
-        return None
-    documents = segment_ids_from_position_ids(positions)
-    if not tracing and not bool(documents.any()):
-        return None
-    return documents.expand(inputs.shape[0], -1)
+    mask = kwargs.get("attention_mask")
+    # As in transformers, which looks for documents where there is neither a mask nor a cache.
+    packed = mask is None and kwargs.get("past_key_values") is None
+    return call_segments(
+        (inputs.shape[0], inputs.shape[1]),
+        None,
+        attention_mask=mask,
+        segment_ids=kwargs.get("segment_ids"),
+        position_ids=kwargs.get("position_ids") if packed else None,
+        seq_idx=kwargs.get("seq_idx") if packed else None,
+        cu_seq_lens=kwargs.get("cu_seq_lens_q") if packed else None,
+    )

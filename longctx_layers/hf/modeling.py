@@ -19,8 +19,8 @@ from longctx_layers.hf.cache import (
     check_cache_implementation,
     expect_cache,
 )
-from longctx_layers.hf.inputs import call_segments
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
+from longctx_layers.varlen import call_segments
 
 
 class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):

@@ -448,7 +448,7 @@ def test_refused_calls():
     model = converted(original)
     with pytest.raises(ValueError, match="before its conversion"):
         model(ids, past_key_values=filled)
-    with pytest.raises(ValueError, match=r"attention_mask: expected \[B, T\]"):
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[B, length\]"):
         model(ids, attention_mask=torch.ones(1, 1, 8, 8))
     with pytest.raises(ValueError, match="output_attentions: expected False"):
         model(ids, output_attentions=True)

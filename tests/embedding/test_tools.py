@@ -64,7 +64,7 @@ def test_exported_step_streams(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dpassm", "blade"])
+@pytest.mark.parametrize("case", CONSTANT)
 @torch.no_grad()
 def test_aot_inductor_package(case, tmp_path):
     """A prompt of any length and a step, each one compiled package, loaded from its file."""
