@@ -156,6 +156,13 @@ def _with_projection(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(options.get("projection"), Mapping):
         given = dict(options["projection"])
         if isinstance(given.get("rope_scaling"), Mapping):
-            given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
-        options["projection"] = Projection(**given)
+            given["rope_scaling"] = _built("rope_scaling", RopeScaling, given["rope_scaling"])
+        options["projection"] = _built("projection", Projection, given)
     return options
+
+
+def _built(name: str, kind: Any, given: Mapping[str, Any]) -> Any:
+    valid = [field.name for field in fields(kind)]
+    if unknown := sorted(set(given) - set(valid)):
+        raise ValueError(f"{name}: expected keys out of {valid}, got {unknown}; leave them out")
+    return kind(**given)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.generation import PAD_SEGMENT
@@ -124,7 +125,7 @@ def position_ids_from_segment_ids(segment_ids: Tensor) -> Tensor:
     # The id of the last real token before each column, or a negative one.
     column = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     last = torch.where(real, column, -1).cummax(1).values
-    before = torch.cat([last.new_full((len(last), 1), -1), last[:, :-1]], dim=1)
+    before = F.pad(last, (1, 0), value=-1)[:, : len(column)]
     earlier = segment_ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, PAD_SEGMENT)
     begins = real & (earlier != segment_ids)
     start = torch.where(begins, place, 0).cummax(1).values

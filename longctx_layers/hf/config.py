@@ -43,6 +43,23 @@ ALIASES = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
+# What other models of transformers have in their configs, and our layers among their options.
+LAYER_OPTIONS = {
+    "num_key_value_heads": "n_kv_heads",
+    "sliding_window": "window_size",
+    "rope_theta": "rope_base",
+    "attention_dropout": "dropout",
+    **{
+        name: f"projection (its {ours})"
+        for name, ours in {
+            "head_dim": "head_dim",
+            "attention_bias": "bias and out_bias",
+            "rope_scaling": "rope_scaling",
+            "rope_parameters": "rope_scaling",
+        }.items()
+    },
+}
+
 
 class LongCtxConfig(PreTrainedConfig):
     """The shape of a `LongCtxForCausalLM`.
@@ -136,6 +153,11 @@ def _eights(width: float) -> int:
 
 def _expect_known(name: str, value: Any) -> None:
     """Raise for what is most likely a mistake: transformers takes any name for an attribute."""
+    if name in LAYER_OPTIONS:
+        raise ValueError(
+            f"LongCtxConfig: expected the layers' options in block_kwargs, got {name}; pass "
+            f"{LAYER_OPTIONS[name]} there"
+        )
     options = {option for block in LAYERS for option in layer_options(block)}
     if name in options - {"dtype", "device"}:
         raise ValueError(

@@ -20,6 +20,7 @@ from longctx_layers.hf.cache import (
     expect_cache,
 )
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
+from longctx_layers.ops.checks import expect_shape
 from longctx_layers.varlen import call_segments
 
 
@@ -100,10 +101,17 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
         )
         run = partial(self._run, keep_hidden=bool(output_hidden_states))
         hidden = run(x, None, ids)[0] if cache is None else cache.advance(run, x, ids)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept: Any = logits_to_keep
+        if isinstance(kept, int):
+            if kept < 0:
+                raise ValueError(
+                    f"logits_to_keep: expected at least 0, got {kept}; pass 0 for all columns"
+                )
+            kept = slice(-kept, None)
         logits = self.model.project(hidden[-1][:, kept])
         loss = None
         if labels is not None:
+            expect_shape("labels", labels, tuple(x.shape[:2]), "[B, T] of the call")
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs
             )
@@ -122,6 +130,9 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"expected input_ids or inputs_embeds, got {given}; pass one of them")
         if input_ids is None:
+            assert inputs_embeds is not None
+            width = self.config.hidden_size
+            expect_shape("inputs_embeds", inputs_embeds, (None, None, width), "[B, T, hidden_size]")
             return cast("Tensor", self.model.dropout(inputs_embeds))
         return self.model.embed(input_ids, name="input_ids")
 

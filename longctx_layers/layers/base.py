@@ -143,6 +143,11 @@ class AttentionLayer(nn.Module):
                 f"rope_scaling: expected a RopeScaling or None, got {projection.rope_scaling!r}; "
                 "pass e.g. RopeScaling(factor=8.0, original_length=8192)"
             )
+        if projection.rope_scaling is not None and rope_base is None:
+            raise ValueError(
+                "rope_scaling: expected None without rotary embedding (rope_base=None), got "
+                f"{projection.rope_scaling!r}; leave it out, or pass a rope_base"
+            )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads

@@ -475,3 +475,9 @@ def test_mistakes_are_named() -> None:
     three = LongCtxForCausalLM.from_native(small_model("dpassm", n_layers=3))
     with pytest.raises(ValueError, match="expected states of 3 blocks, got 2"):
         three(ids, past_key_values=model(ids).past_key_values)
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected .*hidden_size"):
+        model(inputs_embeds=torch.zeros(2, 9, 5))
+    with pytest.raises(ValueError, match=r"labels: expected .*of the call"):
+        model(ids, labels=ids[:, :4])
+    with pytest.raises(ValueError, match="logits_to_keep: expected at least 0, got -1"):
+        model(ids, logits_to_keep=-1)

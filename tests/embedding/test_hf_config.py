@@ -96,3 +96,8 @@ def test_mistakes_are_named() -> None:
         LongCtxConfig(num_hidden_layers=0)
     with pytest.raises(ValueError, match="block_kwargs: expected a dict of options for each"):
         LongCtxConfig(pattern=["dpassm", "vanilla"], block_kwargs={"window_size": 3})
+    for name, right in (("num_key_value_heads", "n_kv_heads"), ("rope_scaling", "projection")):
+        with pytest.raises(ValueError, match=f"in block_kwargs, got {name}; pass {right}"):
+            LongCtxConfig(**{name: 8})
+    with pytest.raises(ValueError, match=r"rope_scaling: expected keys out of .*got \['type'\]"):
+        LongCtxConfig(block_kwargs={"projection": {"rope_scaling": {"type": "linear"}}})

@@ -76,6 +76,10 @@ def test_rows_with_pads_anywhere(rows: list[list[int]]) -> None:
     assert positions == by_hand
 
 
+def test_no_tokens_have_no_positions() -> None:
+    assert position_ids_from_segment_ids(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0)
+
+
 @given(counts=st.lists(st.integers(1, 7), min_size=1, max_size=6), first=st.integers(0, 3))
 def test_positions_there_and_back(counts: list[int], first: int) -> None:
     ids = segment_ids_from_cu_seqlens(cumulative(counts))

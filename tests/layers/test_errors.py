@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx_layers.layers import LAYERS, RopeScaling, build_layer, layer_options
+from longctx_layers.layers import LAYERS, Projection, RopeScaling, build_layer, layer_options
 from longctx_layers.testing import LAYER_CASES, small_layer
 
 
@@ -22,6 +22,11 @@ from longctx_layers.testing import LAYER_CASES, small_layer
         ((16, 4), {"n_kv_heads": 0}, r"n_kv_heads: expected at least 1, got 0; pass"),
         ((12, 4), {}, r"head_dim: expected an even number.*got 3; change.*rope_base=None"),
         ((16, 4), {"rope_base": -1.0}, r"rope_base: expected a number above 0 or None, got -1.0"),
+        (
+            (16, 4),
+            {"rope_base": None, "projection": Projection(rope_scaling=RopeScaling(8.0))},
+            r"rope_scaling: expected None without rotary embedding .*pass a rope_base",
+        ),
         ((16, 4), {"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
     ],
 )
