@@ -5,15 +5,18 @@ torch.compile, torch.export and DDP of a single call are in tests/layers.
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tools_table
 import torch
+from pretrained_models import pretrained
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
+from longctx_layers.convert import convert_attention
 from longctx_layers.layers import LAYERS
 from longctx_layers.testing import small_layer, small_model
 
@@ -179,6 +182,17 @@ def test_int8_model_generates(quantize):
     assert_close(tokens[:, 9:], expected, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_int8_converted_model_generates(quantize):
+    """A pretrained model's own projections and those of the state path."""
+    model = convert_attention(pretrained("llama"), "dpassm", window_size=4, ssm_state_dim=4)
+    quantize(model)
+    ids = torch.arange(5, 14)[None]
+    tokens = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    expected = dequantized(model)(tokens[:, :-1]).logits[:, 8:].argmax(-1)
+    assert_close(tokens[:, 9:], expected, rtol=0, atol=0)
+
+
 # ---- FSDP2
 
 WORKER = """
@@ -189,26 +203,35 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.testing import assert_close
+from longctx_layers.convert import convert_attention
 from longctx_layers.testing import small_model
+from pretrained_models import pretrained
 
-rank, size = int(sys.argv[1]), int(sys.argv[2])
+rank, size, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[4]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=size)
-single = small_model("dpassm", "blade", "baseline_longformer")
+torch.manual_seed(0)
+if kind == "converted":
+    single = convert_attention(pretrained("llama").double(), window_size=4, ssm_state_dim=4)
+    blocks, loss_of = "model.layers", lambda model, ids, labels: model(ids, labels=labels).loss
+else:
+    single = small_model("dpassm", "blade", "baseline_longformer")
+    blocks, loss_of = "blocks", lambda model, ids, labels: model.loss(ids, labels)
 model = deepcopy(single)
 mesh = init_device_mesh("cpu", (size,))
-for block in model.blocks:
+for block in model.get_submodule(blocks):
     fully_shard(block, mesh=mesh)
 fully_shard(model, mesh=mesh)
-register_fsdp_forward_method(model, "loss")
+if hasattr(model, "loss"):
+    register_fsdp_forward_method(model, "loss")
 optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (single, model)]
 torch.manual_seed(0)
 for step in range(3):
     ids = torch.randint(0, 13, (2 * size, 12))
     labels = torch.randint(0, 13, (2 * size, 12))
     rows = slice(2 * rank, 2 * rank + 2)
-    whole = single.loss(ids, labels)
-    part = model.loss(ids[rows], labels[rows])
+    whole = loss_of(single, ids, labels)
+    part = loss_of(model, ids[rows], labels[rows])
     for loss, optimizer in zip((whole, part), optimizers):
         optimizer.zero_grad()
         loss.backward()
@@ -216,19 +239,23 @@ for step in range(3):
 for (name, sharded), expected in zip(model.named_parameters(), single.parameters()):
     assert size == 1 or sharded.to_local().shape != expected.shape, name
     assert_close(sharded.full_tensor(), expected, rtol=1e-9, atol=1e-9, msg=name)
-assert_close(model(ids), single(ids), rtol=1e-9, atol=1e-9)
+outputs = [model(ids), single(ids)]
+if kind == "converted":
+    outputs = [output.logits for output in outputs]
+assert_close(*outputs, rtol=1e-9, atol=1e-9)
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_fully_sharded_model_trains_as_one(size, tmp_path):
+@pytest.mark.parametrize(("size", "kind"), [(1, "ours"), (2, "ours"), (2, "converted")])
+def test_fully_sharded_model_trains_as_one(size, kind, tmp_path):
     command = [sys.executable, "-c", WORKER]
     workers = [
         subprocess.Popen(
-            [*command, str(rank), str(size), str(tmp_path / "store")],
+            [*command, str(rank), str(size), str(tmp_path / "store"), kind],
             stderr=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).parents[1],  # where pretrained_models.py is
         )
         for rank in range(size)
     ]
