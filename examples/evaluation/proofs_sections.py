@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from evaluation import proofs_figures as figures
@@ -12,7 +12,7 @@ from evaluation.proofs_plan import FARTHEST, PAIRS, REACH, TRAINED
 Result = dict[str, Any]
 
 
-def of(results: Iterable[Result], proof: str) -> dict[str, list[Result]]:
+def of(results: Sequence[Result], proof: str) -> dict[str, list[Result]]:
     """The results of a proof by block, seeds in order."""
     found: dict[str, list[Result]] = {}
     for name in figures.NAMES:
@@ -227,8 +227,9 @@ def associative(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
 
 def drifting(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
     """Loss over a stream of real text."""
-    found = of((r for r in results if not r.get("anew")), "drift")
-    anew = of((r for r in results if r.get("anew")), "drift")
+    found, anew = (
+        of([r for r in results if r.get("anew", False) == one], "drift") for one in (False, True)
+    )
     name = "Streaming perplexity: does the loss drift?"
     if not found:
         return name, "", {}
@@ -264,6 +265,6 @@ def _drift_row(label: str, r: Result) -> list[str]:
     return [
         label, str(r["seed"]), f"{r['parameters']:,}", f"{r['first']:.4f}", f"{r['loss']:.4f}",
         "-" if zeroed is None else f"{zeroed:.4f}",
-        f"{slope['mean']:.6f} ({slope['low']:.6f} to {slope['high']:.6f})",
+        "{} ({} to {})".format(*(f"{slope[k]:z.6f}" for k in ("mean", "low", "high"))),
         f"{r['state_bytes_held']:,}", f"{r['tokens_per_second']:,.0f}",
     ]  # fmt: skip
