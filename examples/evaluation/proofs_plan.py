@@ -124,6 +124,7 @@ class Depths:
         length: of the sequences.
         n: how many at each of `depths` places.
         early: tokens after which a layer's state is kept, to be put in again at the end.
+        before: tokens of noise put before a value that was told first.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Depths:
     n: int = 16
     depths: int = 5
     early: int = 4 * TRAINED
+    before: int = 2
     proof: str = field(default="depths", init=False)
 
     @property
@@ -153,7 +155,7 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
     long = Recipe(2000, TRAINED, tokens=4096, longest=128)
     short = Recipe(250, TRAINED, tokens=4096, longest=1)
     copying = Recipe(1000, TRAINED, tokens=8192, longest=4)
-    baseline = Recipe(500, TRAINED, tokens=4096, longest=4)
+    baseline = Recipe(2000, TRAINED, tokens=4096, longest=4)
     pairs = Recipe(2000, TRAINED, tokens=4096, longest=4)
     return [
         *(Run("passkey", name, seed, long, far) for name in memories),

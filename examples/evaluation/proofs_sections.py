@@ -10,6 +10,7 @@ from evaluation import proofs_figures as figures
 from evaluation.proofs_plan import FARTHEST, PAIRS, REACH, TRAINED
 
 Result = dict[str, Any]
+CHANGES = ("as_is", "first_early", "last_early", "preceded")  # of a value told at 0%
 
 
 def of(results: Sequence[Result], proof: str) -> dict[str, list[Result]]:
@@ -154,19 +155,21 @@ def _exchanges(found: dict[str, list[Result]]) -> str:
     """What an early state of one layer changes."""
     one = next(iter(found.values()))[0]
     rows = [
-        [
-            figures.label(block),
-            *(shown([r[what] for r in seeds]) for what in ("as_is", "first_early", "last_early")),
-        ]
+        [figures.label(block), *(shown([r[what] for r in seeds]) for what in CHANGES)]
         for block, seeds in found.items()
     ]
     return (
         f"Told at 0%, with a layer's recurrent state exchanged, {TRAINED} tokens before the "
         f"question, for the one that it had after {one['early']:,} tokens. Where the first layer's "
         "brings the answer back, the value was never lost: that layer's state goes on taking in "
-        "noise, and what it then adds keeps the last layer from reading. The last "
-        "layer's early state has the value too: where it gains nothing, nothing was lost there.\n\n"
-        + table(["block", "as it is", "first layer's exchanged", "last layer's"], rows)
+        "noise, and what it then adds keeps the last layer from reading. The last layer's early "
+        "state has the value too: where it gains nothing, nothing was lost there. In the last "
+        f"column {one['before']} tokens of noise stand before the value: a model that seldom met "
+        "one as its very first tokens may not take it in.\n\n"
+        + table(
+            ["block", "as it is", "first layer's exchanged", "last layer's", "not quite first"],
+            rows,
+        )
     )
 
 
