@@ -101,8 +101,8 @@ def carry_out(run: Run | Drift | Depths, logs: Path) -> dict[str, Any]:
         **result,
         "options": run.options,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": run.recipe.steps,
-        "trained_tokens": run.recipe.steps * run.recipe.tokens,
+        "steps": run.steps,
+        "trained_tokens": sum(s["recipe"].steps * s["recipe"].tokens for s in run.stages()),
         "training": trained,
         "rows": rows,
     }
@@ -115,19 +115,21 @@ def sequences(length: int) -> int:
 
 def _train(run: Run, model: LongContextLM) -> dict[str, Any]:
     label = f"{run.proof} {run.name}, seed {run.seed}"
-    curve = []
-    with tqdm(total=run.recipe.steps, desc=label, unit="step", disable=None) as bar:
+    curve, seconds = [], 0.0
+    with tqdm(total=run.steps, desc=label, unit="step", disable=None) as bar:
 
-        def progress(step: int, loss: float, accuracy: float) -> None:
-            bar.update()
+        def progress(_: int, loss: float, accuracy: float) -> None:
+            bar.n += 1
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}")
-            if step % max(1, run.recipe.steps // 20) == 0:
-                curve.append((step, round(loss, 4), round(accuracy, 4)))
+            if bar.n % max(1, run.steps // 20) == 0:
+                curve.append((bar.n, round(loss, 4), round(accuracy, 4)))
                 if bar.disable:
-                    print(f"{label}: step {step}, loss {loss:.3f}, {accuracy:.3f}", flush=True)
+                    print(f"{label}: step {bar.n}, loss {loss:.3f}, {accuracy:.3f}", flush=True)
 
-        trained = train(model, run.training_tasks(), run.recipe, seed=run.seed, progress=progress)
-    return {**trained, "curve": curve}
+        for stage in run.stages():
+            trained = train(model, **stage, seed=run.seed, progress=progress)
+            seconds += trained["seconds"]
+    return {**trained, "seconds": seconds, "curve": curve}
 
 
 def _ask(run: Run, task: Any, model: LongContextLM) -> list[dict[str, Any]]:

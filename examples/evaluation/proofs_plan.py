@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from evaluation.options import doubling
@@ -46,6 +46,10 @@ class Run:
         recipe: how it is trained.
         lengths: at which it is asked.
         state_dim: of the state paths, where it is not that of `BLOCKS`.
+        easier: how it is trained on easier sequences before: full attention alone takes many
+            times as long to find out which token stood before which. Behind it the sequences ask
+            as they are measured: with more questions, the first one, close to the value, becomes
+            a relay for the others.
     """
 
     proof: str
@@ -54,6 +58,7 @@ class Run:
     recipe: Recipe
     lengths: tuple[int, ...]
     state_dim: int | None = None
+    easier: Recipe | None = None
 
     @property
     def block(self) -> str:
@@ -72,7 +77,22 @@ class Run:
     @property
     def key(self) -> str:
         """Equal for equal runs."""
-        return key_of({**asdict(self), "options": self.options, "distance": DISTANCE})
+        given = {k: v for k, v in asdict(self).items() if k != "easier" or v is not None}
+        return key_of({**given, "options": self.options, "distance": DISTANCE})
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage["recipe"].steps for stage in self.stages())
+
+    def stages(self) -> list[dict[str, Any]]:
+        """What the training is called with, one time after the other."""
+        if self.easier is None:
+            return [{"tasks": self.training_tasks(), "recipe": self.recipe}]
+        return [
+            {"tasks": self.easier_tasks(), "recipe": self.easier},
+            {"tasks": self.training_tasks(), "recipe": self.recipe, "extra_questions": 0},
+        ]
 
     def training_tasks(self) -> list[Task]:
         """Told a little beyond the reach, or further: it must not be seen by windows alone."""
@@ -80,6 +100,13 @@ class Run:
             return [Mqar(pairs=pairs, distance=REACH + 1) for pairs in PAIRS]
         kind = {"passkey": Passkey, "copy_recall": CopyRecall}[self.proof]
         return [kind(distance=REACH + 1)]
+
+    def easier_tasks(self) -> list[Task]:
+        """Few pairs of few symbols, or a value told close to its questions."""
+        if self.proof != "mqar":
+            return [Passkey(distance=8)]
+        sizes = [(pairs, n) for pairs in (2, 4, 8) for n in (8, 16, 32, 64)]
+        return [Mqar(pairs=pairs, n_symbols=n) for pairs, n in sizes]
 
     def tasks(self) -> list[Task]:
         """What is measured."""
@@ -150,13 +177,16 @@ def plan(seeds: Sequence[int] = SEEDS) -> list[Run | Drift | Depths]:
 def _of_seed(seed: int) -> list[Run | Drift | Depths]:
     far = tuple(doubling(TRAINED, FARTHEST))
     off = ("dpassm, state path off", "blade, state path off", "window")
-    others = ("vanilla", "baseline_longformer", "baseline_bigbird")
+    others = ("baseline_longformer", "baseline_bigbird")
     memories = ("dpassm", "blade")
     long = Recipe(2000, TRAINED, tokens=4096, longest=128)
     short = Recipe(250, TRAINED, tokens=4096, longest=1)
     copying = Recipe(1000, TRAINED, tokens=8192, longest=4)
     baseline = Recipe(2000, TRAINED, tokens=4096, longest=4)
     pairs = Recipe(2000, TRAINED, tokens=4096, longest=4)
+    full = Recipe(2000, TRAINED, tokens=4096, curriculum=0.5, longest=1)
+    marks = Recipe(400, TRAINED // 4, tokens=4096, curriculum=0.0, longest=1)
+    matches = replace(marks, steps=2000)
     return [
         *(Run("passkey", name, seed, long, far) for name in memories),
         *(Depths(name, seed) for name in memories),
@@ -164,8 +194,10 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
         *(Run("copy_recall", name, seed, copying, far[:5]) for name in memories),
         Run("copy_recall", "window", seed, short, far[:1]),
         Run("mqar", "dpassm", seed, pairs, far[:3], state_dim=32),
+        Run("passkey", "vanilla", seed, full, far[:5], easier=marks),
         *(Run("passkey", name, seed, baseline, far[:5]) for name in others),
         *(Drift(name, seed) for name in (*memories, "window")),
+        Run("mqar", "vanilla", seed, full, far[:3], state_dim=32, easier=matches),
         *(
             Run("mqar", name, seed, pairs, far[:3], state_dim=32)
             for name in ("blade", *others, "window")

@@ -46,14 +46,14 @@ class Recipe:
     most_pieces: int = 8
 
 
-def for_training(task: Task, pieces: int) -> Task:
+def for_training(task: Task, pieces: int, extra_questions: int = EXTRA_QUESTIONS) -> Task:
     """The task with more questions in each piece of a sequence, where they give nothing away.
 
     mqar asks many already; a value of several tokens would be told again with each question.
     """
     if isinstance(task, Mqar) or getattr(task, "digits", 1) > 1:
         return task
-    return replace(task, extra_questions=EXTRA_QUESTIONS * pieces)
+    return replace(task, extra_questions=extra_questions * pieces)
 
 
 def episodes(recipe: Recipe, shortest: int, seed: int) -> Iterator[int]:
@@ -78,6 +78,7 @@ def train(
     recipe: Recipe,
     *,
     seed: int = 0,
+    extra_questions: int = EXTRA_QUESTIONS,
     progress: Callable[[int, float, float], object] | None = None,
 ) -> dict[str, Any]:
     """Train in place.
@@ -86,6 +87,7 @@ def train(
         tasks: as they will be asked, in training more often; of several, each sequence draws one
             that it is long enough for.
         seed: of the sequences and of their lengths.
+        extra_questions: how much more often, in each piece of a sequence.
         progress: called after each step with its number, the loss and the accuracy of the labels.
 
     Returns:
@@ -124,7 +126,7 @@ def train(
     for length in episodes(recipe, min(task.shortest for task in tasks), seed):
         task = choose.choice([one for one in tasks if one.shortest <= length])
         rows = max(1, recipe.tokens // min(length, recipe.length))
-        asking = for_training(task, math.ceil(length / recipe.length))
+        asking = for_training(task, math.ceil(length / recipe.length), extra_questions)
         batch = asking.draw(rows, length, generator)
         state = None
         pieces = zip(
