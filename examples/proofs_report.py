@@ -23,8 +23,11 @@ The recipe: sequences that grow from {TRAINED // 4} to {TRAINED} tokens, then le
 half of that and a multiple (128 in passkey with dpassm and blade, 8 or less elsewhere), read in
 pieces of {TRAINED} with the state passed on and no gradient across pieces; of one sequence at most
 eight pieces are trained on (and the last), the others only read. Passkey has eight questions a
-piece in training and one when it is measured. Every seed that ran is printed; the median is what is
-judged. **State zeroed**: the recurrent state is emptied at the question, and once {REACH} tokens
+piece in training and one when it is measured. Full attention learns nothing in time that way: it
+has easier sequences first (64 tokens with few symbols and pairs, or with the value close to its
+questions), and then one question as it is measured, since the first of several, close to the value,
+becomes a relay for the others. Every seed that ran is printed; the median is what is judged.
+**State zeroed**: the recurrent state is emptied at the question, and once {REACH} tokens
 before it, so that the keys and values in sight come from a model that had nothing to remember.
 [evaluation.md](evaluation.md) says what the tasks are.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evaluation.proofs_plan import DISTANCE, TRAINED, Depths
 from longctx_layers import LongContextLM
-from longctx_layers.evals import Batch, Passkey, evaluate, needle_grid, read
+from longctx_layers.evals import Batch, Passkey, evaluate, memory, needle_grid, read
 from longctx_layers.model import IGNORED_LABEL
 
 
@@ -50,9 +50,7 @@ def with_early_memory(model: LongContextLM, batch: Batch, early: int) -> dict[st
     def accuracy(*layers: int) -> float:
         state = list(old)
         for i in layers:
-            kinds = model.blocks[i].mixer.fields()
-            memory = {n: getattr(young[i], n) for n in kinds if kinds[n].kind == "accumulator"}
-            state[i] = old[i]._replace(**memory)
+            state[i] = old[i]._replace(**memory(model, young)[i])
         return _accuracy(model, batch, cut, tuple(state))
 
     return {"as_is": accuracy(), "first_early": accuracy(0), "last_early": accuracy(-1)}

@@ -184,7 +184,7 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
     copying = Recipe(1000, TRAINED, tokens=8192, longest=4)
     baseline = Recipe(2000, TRAINED, tokens=4096, longest=4)
     pairs = Recipe(2000, TRAINED, tokens=4096, longest=4)
-    full = Recipe(2000, TRAINED, tokens=4096, curriculum=0.5, longest=1)
+    full = Recipe(2000, TRAINED, tokens=4096, curriculum=0.5, longest=4)
     marks = Recipe(400, TRAINED // 4, tokens=4096, curriculum=0.0, longest=1)
     matches = replace(marks, steps=2000)
     return [

@@ -8,7 +8,15 @@ print(score.accuracy, score.low, score.high, score.chance, score.accuracy_state_
 from longctx_layers.evals.associative import Mqar
 from longctx_layers.evals.distances import ChunkTransfer, DriftCurve
 from longctx_layers.evals.perplexity import Slope, Stream, drift, rotations, stream
-from longctx_layers.evals.prefill import Answers, answer, has_memory, reach, read, zero_memory
+from longctx_layers.evals.prefill import (
+    Answers,
+    answer,
+    has_memory,
+    memory,
+    reach,
+    read,
+    zero_memory,
+)
 from longctx_layers.evals.recall import CopyRecall, Passkey, Recall
 from longctx_layers.evals.scoring import Score, effective_length, evaluate, needle_grid, wilson
 from longctx_layers.evals.tasks import Batch, Task
@@ -40,6 +48,7 @@ __all__ = [
     "answer",
     "read",
     "reach",
+    "memory",
     "has_memory",
     "zero_memory",
     "Stream",

@@ -47,29 +47,27 @@ def reach(model: LongContextLM) -> int | None:
     return total
 
 
-def zero_memory(model: LongContextLM, state: ModelState) -> ModelState:
-    """The state with nothing in its recurrent accumulators.
+def memory(model: LongContextLM, state: ModelState) -> list[dict[str, Tensor]]:
+    """The recurrent accumulators of each layer by name: h of dpassm, the two sums of blade."""
+    return [
+        {name: getattr(layer, name) for name, f in block.mixer.fields().items()
+         if f.kind == "accumulator"}
+        for block, layer in zip(cast("list[Block]", list(model.blocks)), state, strict=True)
+    ]  # fmt: skip
 
-    That is h of dpassm, the two sums of blade. Keys, values and the convolutions' tails stay.
-    """
-    zeroed: list[Any] = []
-    for block, layer in zip(cast("list[Block]", list(model.blocks)), state, strict=True):
-        names = [name for name, f in block.mixer.fields().items() if f.kind == "accumulator"]
-        empty = {name: torch.zeros_like(getattr(layer, name)) for name in names}
-        zeroed.append(layer._replace(**empty))
-    return tuple(zeroed)
+
+def zero_memory(model: LongContextLM, state: ModelState) -> ModelState:
+    """The state with nothing in its `memory`; keys, values and the convolutions' tails stay."""
+    return tuple(
+        layer._replace(**{name: torch.zeros_like(x) for name, x in parts.items()})
+        for layer, parts in zip(state, memory(model, state), strict=True)
+    )
 
 
 def has_memory(model: LongContextLM) -> bool:
     """Whether any layer has recurrent state that `zero_memory` would empty."""
-    state = model.init_state(1)
-    zeroed = [
-        getattr(layer, name).numel()
-        for block, layer in zip(cast("list[Block]", list(model.blocks)), state, strict=True)
-        for name, f in block.mixer.fields().items()
-        if f.kind == "accumulator"
-    ]
-    return sum(zeroed) > 0
+    parts = memory(model, model.init_state(1))
+    return any(x.numel() > 0 for layer in parts for x in layer.values())
 
 
 @torch.no_grad()
