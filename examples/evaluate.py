@@ -7,7 +7,7 @@ r"""Does a model remember, and how far? Memory tasks at lengths that double.
     python examples/evaluate.py --task streaming_ppl --pretrained_model model --max_len 100000
 
 Rows are added to OUTPUT_DIR/TASK.jsonl as they are measured; the same command again measures what
-is missing. docs/results.md says what the tasks are.
+is missing. docs/evaluation.md says what the tasks are.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args: argparse.Namespace = flags.parse_args(argv)
     try:
         check(args)
-        plan = settle(args)
-    except (FileNotFoundError, ValueError, TypeError, ConnectionError) as error:
+        rows = measure(settle(args))
+    except (OSError, ValueError, TypeError) as error:  # OSError: ConnectionError among others
         flags.exit(2, f"error: {error}\n")
-    rows = measure(plan)
+    except KeyboardInterrupt:
+        flags.exit(130, "\nInterrupted. What was measured is kept: the same command goes on.\n")
     print(table(rows, args))
     return rows
 

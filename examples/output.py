@@ -14,6 +14,12 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(partial, path)
 
 
+def can_hold_files(folder: Path) -> bool:
+    """Whether the folder, or where it will have to be made, is one to write into."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return place.is_dir() and os.access(place, os.W_OK)
+
+
 def buckets(losses: list[float]) -> list[tuple[int, int, float]]:
     """Mean loss over positions 1-16, 17-32, 33-64, ...: `(first, last, mean)`."""
     found, low, high = [], 0, 16

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from output import can_hold_files
 from tqdm import tqdm
 
 from evaluation import streaming
@@ -52,6 +53,10 @@ def settle(args: argparse.Namespace) -> Plan:
         args.output_dir = Path("reports/evaluation")
         if args.checkpoint is not None:
             args.output_dir /= folder_name(args.checkpoint)
+    if not can_hold_files(args.output_dir / "models"):
+        raise ValueError(
+            f"--output_dir: expected a folder to write into, got {args.output_dir}; choose another"
+        )
     key = key_of(_settings(args, loaded, task, text))
     folder, names = args.output_dir, ("task", "block", "length")
     rows = Rows(folder / f"{args.task}.jsonl", names)
@@ -201,7 +206,7 @@ def _settings(args: argparse.Namespace, loaded: Loaded, task: Task | None, text:
     if args.train_steps:
         settings["training"] = (args.train_steps, args.train_len, args.learning_rate)
     if text is not None:
-        settings["text"] = (args.rotations, args.max_len, text.fingerprint)
+        settings["text"] = (args.rotations, args.seq_len, args.max_len, text.fingerprint)
     return settings
 
 

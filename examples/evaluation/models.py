@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Loaded:
         tokenizer: of text; None for a model whose ids are the tasks' own.
         tokenizer_name: for the data module: `bytes`, or a folder; None likewise.
         fingerprint: equal for equal weights.
+        order: what the order of its training data depended on, their split among it; empty where
+            that is not known.
         folder: keeps the tokenizer's files for as long as they are needed.
     """
 
@@ -40,6 +42,7 @@ class Loaded:
     tokenizer_name: str | None
     fingerprint: str
     folder: Any = None
+    order: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build(
@@ -83,18 +86,20 @@ def load(path: Path) -> Loaded:
         FileNotFoundError, ValueError: if it is neither, or damaged.
     """
     if path.is_dir():
-        model, folder = LongContextLM.from_pretrained(path), None
+        model, folder, order = LongContextLM.from_pretrained(path), None, {}
         has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
         place = path if has_tokenizer else None
     else:
         from training.checkpoints import read_checkpoint  # imports lightning: only where needed
 
         model, files = read_checkpoint(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        order = content["LongContextData"]["order"]
         folder = tempfile.TemporaryDirectory()
         place = Path(folder.name)
         for name, content in files.items():
             (place / name).write_bytes(content)
-    return _with_tokenizer(model, place, folder)
+    return replace(_with_tokenizer(model, place, folder), order=order)
 
 
 def own(model: LongContextLM) -> Loaded:

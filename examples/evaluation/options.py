@@ -49,7 +49,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--num_params", choices=(MINI, *SIZES), help="mini (128 k, the default) or a named size")
     for name in BLOCK_FLAGS:
         add(f"--{name}", type=int)
-    add("--block_kwargs", type=json.loads, help='further options of the block, {"ssm": null}')
+    add("--block_kwargs", type=json_object, help='further options of the block, {"ssm": null}')
 
     add = made.add_argument_group("training on the task first").add_argument
     add("--train_steps", "--pretrain_steps", type=int, default=0, help="0: none")
@@ -74,6 +74,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """The value of a flag that takes a JSON object."""
+    try:
+        if isinstance(value := json.loads(text), dict):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f'expected a JSON object such as {{"ssm": null}}, got {text!r}; mind the double quotes'
+    )
+
+
 def check(args: argparse.Namespace) -> None:
     """Settle the flags in place.
 
@@ -87,6 +99,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name}: expected at least {least}, got {value}")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed: expected less than 2**63, got {args.seed}")
     if not 0 < args.learning_rate < 1:
         raise ValueError(
             f"--learning_rate: expected a number from 0 to 1, got {args.learning_rate}"

@@ -16,7 +16,9 @@ from evaluation.models import Loaded, build, own
 from evaluation.plan import Plan, bar, row_of
 from longctx_layers import LongContextLM
 from longctx_layers.evals import drift, has_memory, reach, rotations, stream, wilson
+from longctx_layers.evals.scoring import Z
 
+STRETCH = 64  # tokens of text that are taken for alike
 PARTS = 100  # of the text, for the slope; each is read once in each rotation
 SHORTEST_FORGETTING = 64
 
@@ -27,10 +29,13 @@ class Text(NamedTuple):
     Attributes:
         ids: `[T + 1]` tokens of documents that were held out, one behind the other.
         fingerprint: equal for equal ids.
+        held_out: True where the model's training is known to have held it out; None where that is
+            not known.
     """
 
     ids: Tensor
     fingerprint: str
+    held_out: bool | None = None
 
 
 def untrained(args: argparse.Namespace) -> Loaded:
@@ -60,11 +65,17 @@ def prepare(args: argparse.Namespace, loaded: Loaded) -> Text:
         )
     from training.data import LongContextData
 
+    split = {n: loaded.order[n] for n in ("seed", "validation_fraction") if n in loaded.order}
     data = LongContextData(
-        args.dataset_name, args.dataset_config, tokenizer=loaded.tokenizer_name or "bytes"
+        args.dataset_name,
+        args.dataset_config,
+        tokenizer=loaded.tokenizer_name or "bytes",
+        **split,
     )
     data.setup("fit")
-    return text_of(data, args.max_len, args.rotations, args.seed)
+    text = text_of(data, args.max_len, args.rotations, args.seed)
+    same = loaded.order.get("content") == data.content
+    return text._replace(held_out=True if same else None)
 
 
 def text_of(data: Any, length: int, count: int, seed: int) -> Text:
@@ -97,6 +108,33 @@ def part_of(length: int, count: int) -> int:
     return max(1, length // (count * math.ceil(PARTS / count)))
 
 
+def interval(right: Tensor, behind: slice) -> tuple[float, float]:
+    """The 95 % interval of the accuracy at some positions of `rotations(...)`.
+
+    The same tokens are read in every rotation, and neighbours are alike: stretches of the text are
+    what is taken for independent (a cluster-robust error). It is never narrower than Wilson's over
+    as many tokens as the text has, which is more than none where all were right, or all wrong.
+
+    Args:
+        right: `[rotations, T]`, whether each token was known.
+        behind: the positions.
+    """
+    rows, length = right.shape
+    shift = length // rows * torch.arange(rows)
+    stretch = (torch.arange(length) + shift[:, None]) % length // STRETCH
+    chosen, at = right[:, behind].double().flatten(), stretch[:, behind].flatten()
+    empty = torch.zeros(int(stretch.max()) + 1, dtype=torch.float64)
+    known = empty.index_add(0, at, chosen)
+    asked = empty.index_add(0, at, torch.ones_like(chosen))
+    accuracy = chosen.mean().item()
+    count = int((asked > 0).sum())
+    error = (known - accuracy * asked).square().sum().sqrt().item() / len(chosen)
+    half = Z * error * math.sqrt(count / max(1, count - 1))
+    tokens = min(len(chosen), length)
+    low, high = wilson(accuracy * tokens, tokens)
+    return max(0.0, min(low, accuracy - half)), min(1.0, max(high, accuracy + half))
+
+
 def measure(plan: Plan, model: LongContextLM) -> None:
     """Add the rows of all lengths; they come from one pass over the text."""
     args, text = plan.args, plan.text
@@ -115,24 +153,28 @@ def measure(plan: Plan, model: LongContextLM) -> None:
             zeroed = stream(model, ids, piece=piece, forget_every=every, progress=shown.update)
     seconds = time.perf_counter() - begin
     common = Counter(text.ids.tolist()).most_common(1)[0][1] / len(text.ids)
-    slope = drift(read.loss, part, skip=args.seq_len)
+    slope = [
+        value if math.isfinite(value) else None
+        for value in drift(read.loss, part, skip=args.seq_len)
+    ]
     rows = []
     for length in args.lengths:
         upto = min(length, turned.shape[1])
         behind = slice(upto // 2, upto)
         right, loss = read.right[:, behind].double(), read.loss[:, behind].double()
-        accuracy, n = right.mean().item(), right.numel()
-        low, high = wilson(accuracy * n, n)
+        low, high = interval(read.right, behind)
         score = {
-            "accuracy": accuracy, "n": n, "chance": common, "low": low, "high": high,
+            "accuracy": right.mean().item(), "n": right.numel(), "chance": common,
+            "low": low, "high": high,
             "accuracy_state_zeroed": None if zeroed is None
             else zeroed.right[:, behind].double().mean().item(),
             "reach": reach(model), "loss": loss.mean().item(),
             "perplexity": math.exp(loss.mean().item()),
             "loss_state_zeroed": None if zeroed is None
             else zeroed.loss[:, behind].double().mean().item(),
-            "zeroed_every": every, "slope": slope.mean, "slope_low": slope.low,
-            "slope_high": slope.high, "slope_from": args.seq_len,
+            "zeroed_every": every, "slope_from": args.seq_len,
+            **dict(zip(("slope", "slope_low", "slope_high"), slope, strict=True)),
+            "held_out": text.held_out,
             "state_bytes_held": read.state_bytes,
         }  # fmt: skip
         rows.append(row_of(plan, length, score, seconds * upto / turned.shape[1]))

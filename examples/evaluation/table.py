@@ -43,10 +43,20 @@ def table(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
         found = effective_length({r["length"]: r["accuracy"] for r in rows}, THRESHOLD)
         lines.append(f"effective length (accuracy at least {THRESHOLD}): {_tokens(found, 'none')}")
     else:
-        slope = rows[-1]["slope"], rows[-1]["slope_low"], rows[-1]["slope_high"]
+        slope, low, high = (rows[-1][name] for name in ("slope", "slope_low", "slope_high"))
         lines.append(
-            "drift of the loss: {:.5f} nats per 1000 tokens ({:.5f} to {:.5f})".format(*slope)
+            f"drift of the loss behind {rows[-1]['slope_from']:,} tokens: "
+            + (
+                "not measured, there is too little text; make --max_len longer"
+                if slope is None
+                else f"{slope:.5f} nats per 1000 tokens ({low:.5f} to {high:.5f})"
+            )
         )
+        if rows[-1]["held_out"] is None and rows[-1]["trained"]:
+            lines.append("Whether the model was trained on this text is not known.")
+    guessed = [r["length"] for r in rows if r["low"] <= r["chance"]]
+    if guessed and rows[0]["trained"]:
+        lines.append(f"At {guessed} tokens it does no better than chance, within the interval.")
     within = [r["length"] for r in rows if reach is None or r["length"] <= reach + 1]
     if within and reach is not None:
         lines.append(f"At {within} tokens windows alone reach everything: no test of the memory.")

@@ -262,10 +262,15 @@ class LongContextData(lightning.LightningDataModule):
 
     # ---- Resumption
 
+    @property
+    def content(self) -> str:
+        """Equal for equal texts in equal tokens; after `setup`."""
+        return self._content
+
     def _order(self, shape: Shape) -> dict[str, Any]:
         """What the order of the batches depends on."""
         return {
-            "content": self._content,
+            "content": self.content,
             "seq_len": shape.length,
             "batch_size x processes": shape.all_rows,
             "validation_fraction": self.validation_fraction,

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from evaluate import main
-from evaluation import measuring
+from evaluation import measuring, streaming
 from evaluation.models import build
 from evaluation.options import NAMES, doubling
+from evaluation.rows import Rows
 from program import SMALL, fit, merged
 
 from longctx_layers import LAYERS, LongContextLM, create_model
+from longctx_layers.evals import wilson
 
 FIELDS = [
     "task", "block", "length", "accuracy", "n", "chance", "low", "high", "accuracy_state_zeroed",
@@ -94,8 +96,9 @@ def test_killed_between_two_lengths_it_goes_on(tmp_path, monkeypatch):
         return real(model, task, length, **options)
 
     monkeypatch.setattr(measuring, "evaluate", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         run("--max_len", "128")
+    assert stop.value.code == 130
     assert len(lines(tmp_path / "reports/evaluation/passkey.jsonl")) == 1
     monkeypatch.setattr(measuring, "evaluate", real)
     assert [row["length"] for row in run("--max_len", "128")] == [64, 128]
@@ -119,7 +122,9 @@ def test_training_first_and_its_resumption(tmp_path, monkeypatch, capsys):
     flags = ("--pretrain_steps", "2", "--output_dir", "out", "--max_len", "128")
     rows = run(*flags)
     assert all(row["trained"] and row["train_steps"] == 2 for row in rows)
-    assert "NOT TRAINED" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "NOT TRAINED" not in printed
+    assert "At [64, 128] tokens it does no better than chance" in printed
     (folder,) = (tmp_path / "out/models").iterdir()
     model = LongContextLM.from_pretrained(folder)
     start = build("dpassm", {"window_size": 8})
@@ -173,11 +178,50 @@ def test_streaming_perplexity_of_a_checkpoint(checkpoint, tmp_path):
         assert row["state_bytes"] == row["state_bytes_held"]
         assert row["accuracy_state_zeroed"] is not None
         assert 0 < row["chance"] < 1
+        assert row["low"] <= row["accuracy"] <= row["high"]
+        assert row["held_out"] is None  # another dataset than the checkpoint's
     places = lines(folder / "streaming_ppl_places.ndjson")
     assert len(places) == 100
     assert [one["place"] for one in places] == list(range(0, 500, 5))
     last = [one["loss"] for one in places[50:]]
     assert sum(last) / len(last) == pytest.approx(rows[-1]["loss"], rel=1e-5)
+
+
+def test_text_that_the_training_held_out_is_what_is_read(tmp_path, capsys):
+    data = "--data.dataset_name=synthetic --data.dataset_config=60 --data.seed=7"
+    fit(*SMALL, *data.split(), "--data.validation_fraction=0.3")
+    path = next(tmp_path.rglob("*.ckpt"))
+    flags = f"--checkpoint_path {path} --dataset_name synthetic --dataset_config 60 --max_len 64"
+    (row,) = run(*flags.split(), task="streaming_ppl", block=None)
+    assert row["held_out"] is True
+    assert (row["slope"], row["slope_low"], row["slope_high"]) == (None, None, None)
+    assert "behind 64 tokens: not measured" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # the slope would be another one
+        run(*flags.split(), "--seq_len", "32", task="streaming_ppl", block=None)
+    assert "rows of dpassm with other settings" in capsys.readouterr().err
+
+
+def test_interval_is_over_stretches_of_the_text():
+    right = torch.zeros(2, 640, dtype=torch.bool)
+    whole = slice(0, 640)
+    assert streaming.interval(right, whole) == pytest.approx(wilson(0, 640))
+    alike = right.clone()
+    alike[0, :320] = alike[1, 320:] = True  # the same half of the text, twice
+    low, high = streaming.interval(alike, whole)
+    assert high - low > 0.6
+    draw = torch.Generator().manual_seed(0)
+    one = torch.rand(640, generator=draw) < 0.5
+    low, high = streaming.interval(torch.stack([one, one.roll(-320)]), whole)
+    assert 0.07 < high - low < 0.13  # of 640 tokens, not 1280
+
+
+def test_rows_of_two_programs_in_one_file(tmp_path):
+    first, second = (Rows(tmp_path / "rows.jsonl", ("task", "block")) for _ in range(2))
+    first.add({"task": "passkey", "block": "dpassm", "accuracy": 1})
+    second.add({"task": "passkey", "block": "blade", "accuracy": 1})
+    first.drop("dpassm")
+    first.add({"task": "mqar", "block": "window", "accuracy": 0})
+    assert sorted(row["block"] for row in lines(tmp_path / "rows.jsonl")) == ["blade", "window"]
 
 
 def test_model_without_tokenizer(tmp_path, capsys):
@@ -222,6 +266,10 @@ def test_long_input_is_read_in_pieces():
         ("--task passkey --checkpoint_path . --pretrained_model ..", "one option, got"),
         ("--task passkey --checkpoint_path . --window_size 4", "has its own configuration"),
         ("--task passkey --checkpoint_path .", "from_pretrained: expected the file"),
+        ("--task passkey --output_dir /dev/null/x", "--output_dir: expected a folder to write"),
+        ("--task passkey --block_kwargs {ssm:null}", "expected a JSON object such as"),
+        ("--task passkey --block_kwargs [1]", "expected a JSON object such as"),
+        ("--task passkey --seed 9223372036854775808", "--seed: expected less than 2**63"),
     ],
 )
 def test_errors_come_before_any_work(flags, message, tmp_path, capsys):
@@ -242,11 +290,23 @@ def test_block_of_a_checkpoint_must_be_its_own(tmp_path, capsys):
 def test_damaged_rows_are_an_error(tmp_path, capsys):
     path = tmp_path / "reports/evaluation/passkey.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text('{"task": "passkey", "block"')
-    with pytest.raises(SystemExit):
-        run()
-    assert "line 1: expected a row of an evaluation" in capsys.readouterr().err
-    assert path.read_text() == '{"task": "passkey", "block"'
+    for content in (b'{"task": "passkey", "block"', b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit):
+            run()
+        assert f"{path.relative_to(tmp_path)}, line 1: expected a row" in capsys.readouterr().err
+        assert path.read_bytes() == content
+
+
+def test_damaged_model_of_an_earlier_training(tmp_path, capsys):
+    flags = ("--train_steps", "2", "--output_dir", "out")
+    run(*flags)
+    (weights,) = tmp_path.rglob("model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as error:
+        run(*flags, "--max_len", "128")
+    assert error.value.code == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_doubling():
