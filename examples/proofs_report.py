@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from evaluation.proofs_plan import DISTANCE, REACH, TRAINED, WINDOW
-from evaluation.proofs_sections import Result, associative, copying, drifting, passkey
+from evaluation.proofs_sections import associative, copying, drifting, passkey
+from evaluation.proofs_tables import Result
 from output import write
 
 HEAD = f"""\

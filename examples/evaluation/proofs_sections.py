@@ -4,70 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from evaluation import proofs_figures as figures
 from evaluation.proofs_plan import FARTHEST, PAIRS, REACH, TRAINED
+from evaluation.proofs_tables import Result, at, judged, of, seeds_of, shown, table, values
 
-Result = dict[str, Any]
 CHANGES = ("as_is", "first_early", "last_early", "preceded")  # of a value told at 0%
-
-
-def of(results: Sequence[Result], proof: str) -> dict[str, list[Result]]:
-    """The results of a proof by block, seeds in order."""
-    found: dict[str, list[Result]] = {}
-    for name in figures.NAMES:
-        seeds = sorted(
-            (r for r in results if r["proof"] == proof and r["name"] == name),
-            key=lambda r: r["seed"],
-        )
-        if seeds:
-            found[name] = seeds
-    return found
-
-
-def at(result: Result, length: int, **which: Any) -> Result | None:
-    """A result's row at a length."""
-    for row in result["rows"]:
-        if row["length"] == length and all(row[k] == v for k, v in which.items()):
-            found: Result = row
-            return found
-    return None
-
-
-def values(seeds: Sequence[Result], length: int, what: str, **which: Any) -> list[float]:
-    """What the seeds have at a length."""
-    rows = [at(result, length, **which) for result in seeds]
-    return [row[what] for row in rows if row is not None and row[what] is not None]
-
-
-def shown(numbers: Sequence[float]) -> str:
-    """Every seed, and the median in bold where there are several."""
-    if not numbers:
-        return "-"
-    every = ", ".join(f"{number:.3f}" for number in numbers)
-    return f"**{statistics.median(numbers):.3f}** ({every})" if len(numbers) > 1 else every
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def seeds_of(seeds: Sequence[Result]) -> str:
-    """The seeds that ran."""
-    return ", ".join(str(result["seed"]) for result in seeds)
-
-
-def judged(seeds: Sequence[Result] | None, length: int, target: float, **which: Any) -> str:
-    """Whether the median reaches a target."""
-    numbers = values(seeds or [], length, "accuracy", **which)
-    if not numbers:
-        return "not measured yet"
-    middle = statistics.median(numbers)
-    verdict = "reached" if middle >= target else "missed"
-    return f"{verdict} ({middle:.3f}, {len(numbers)} seed{'s' * (len(numbers) > 1)})"
 
 
 def at_training_length(found: dict[str, list[Result]]) -> str:
@@ -223,9 +165,31 @@ def associative(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
         f"{TRAINED} tokens; that of vanilla and BigBird grows with every further token.\n\n"
         + table(header, rows)
         + f"\nTarget: dpassm with 8 pairs, at least 95 %: "
-        f"{judged(found.get('dpassm'), TRAINED, 0.95, pairs=8)}\n"
+        f"{judged(found.get('dpassm'), TRAINED, 0.95, pairs=8)}\n\n"
+        f"{_per_byte(found)}\n"
     )
     return name, text, {"mqar_by_state.png": figures.by_state(found, TRAINED, PAIRS)}
+
+
+def _per_byte(found: dict[str, list[Result]]) -> str:
+    """Who remembers most, and who most for its state."""
+    most = max(PAIRS)
+    known, per_kib = {}, {}
+    for block, seeds in found.items():
+        row = at(seeds[0], TRAINED)
+        assert row is not None
+        accuracy = statistics.median(values(seeds, TRAINED, "accuracy", pairs=most))
+        known[figures.label(block)] = accuracy
+        per_kib[figures.label(block)] = most * accuracy / (row["state_bytes"] / 1024)
+
+    def ranked(numbers: dict[str, float], digits: int) -> str:
+        order = sorted(numbers.items(), key=lambda item: -item[1])
+        return ", ".join(f"{label} {number:.{digits}f}" for label, number in order)
+
+    return (
+        f"With {most} pairs, from the best down: {ranked(known, 3)}. Of them answered for each KiB "
+        f"of state: {ranked(per_kib, 2)}."
+    )
 
 
 def drifting(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
