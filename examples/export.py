@@ -2,41 +2,52 @@
 
     python examples/export.py --checkpoint logs/checkpoints/step=00010000.ckpt --output model
 
-The folder gets the model (`config.json`, `model.safetensors`) and the tokenizer's files. Before the
-program ends it loads the folder anew and compares the logits.
+The folder gets the model (`config.json`, `model.safetensors`) and the tokenizer's files. One that
+holds another model, or another tokenizer's files, is refused. Before the program ends it loads the
+folder anew and compares the logits.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from output import write
 from training.checkpoints import read_checkpoint
 
-from longctx_layers import LongContextLM
+from longctx_layers import LongContextLM, ModelConfig
 
 MODEL_FILES = ("config.json", "model.safetensors")
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "*.spm",
+)  # fmt: skip
 
 
 def export(checkpoint: Path, output: Path) -> LongContextLM:
     """Write the folder and check it.
 
     Raises:
-        FileNotFoundError, ValueError: for a checkpoint that cannot be read, or a folder that gives
-            other logits.
+        FileNotFoundError, ValueError: for a checkpoint that cannot be read, a place that holds
+            anything else, or a folder that gives other logits.
+        OSError: if the folder cannot be written.
     """
     model, tokenizer = read_checkpoint(checkpoint)
     taken = sorted(set(tokenizer) & set(MODEL_FILES))
     if taken:
         raise ValueError(f"tokenizer: its files {taken} would replace the model's")
+    check_folder(output, model.config, tokenizer)
     model.save_pretrained(output)
     for name, content in tokenizer.items():
-        (output / name).write_bytes(content)
+        write(output / name, content)
     loaded = LongContextLM.from_pretrained(output)
     ids = torch.arange(256)[None] * 7919 % model.config.vocab_size
     with torch.no_grad():
@@ -46,15 +57,56 @@ def export(checkpoint: Path, output: Path) -> LongContextLM:
     return loaded
 
 
+def check_folder(output: Path, config: ModelConfig, tokenizer: Collection[str]) -> None:
+    """Refuse a place where this model and its tokenizer would not be alone.
+
+    Raises:
+        ValueError: for a file, and for a folder with another model's or tokenizer's files.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ValueError(f"--output: expected a folder, got the file {output}; choose another name")
+    names = sorted(path.name for path in output.iterdir())
+    other = "remove that folder, or choose another --output"
+    if set(names) & set(MODEL_FILES) and not _holds(output, config):
+        raise ValueError(
+            f"--output: expected a new folder, or one with an earlier export of this model, got "
+            f"{output}, which holds another model; {other}"
+        )
+    known = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in TOKENIZER_FILES)]
+    if stale := [name for name in known if name not in tokenizer]:
+        raise ValueError(
+            f"--output: expected a folder without another tokenizer's files, got "
+            f"{', '.join(stale)} in {output}; {other}"
+        )
+
+
+def _holds(folder: Path, config: ModelConfig) -> bool:
+    """Whether the model in a folder has this configuration."""
+    try:
+        content = json.loads((folder / MODEL_FILES[0]).read_bytes())
+        found = ModelConfig.from_dict(content["model"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, damaged or another program's
+        return False
+    # As JSON has it, where a tuple is a list.
+    one, other = (json.dumps(c.to_dict(), sort_keys=True) for c in (found, config))
+    return one == other
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", "--checkpoint_path", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the folder to write: a new one, or one with an "
+        "earlier export of this model, whose files are replaced; a folder that holds another model "
+        "or tokenizer is refused"
+    )  # fmt: skip
     args = parser.parse_args(argv)
     try:
         model = export(args.checkpoint, args.output)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"export.py: error: {error}\n")
     print(model.describe())
     print(f"Written to {args.output}; loaded from there it gives the checkpoint's logits.")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -14,10 +16,27 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(partial, path)
 
 
-def can_hold_files(folder: Path) -> bool:
-    """Whether the folder, or where it will have to be made, is one to write into."""
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return place.is_dir() and os.access(place, os.W_OK)
+def check_targets(folder: Path, names: Iterable[str]) -> None:
+    """Check that files of these names can be written under a folder; nothing stays behind there.
+
+    Raises:
+        OSError: if a folder has the name of a file, or no file can be made in one of the folders.
+    """
+    targets = [folder / name for name in names]
+    if taken := [str(target) for target in targets if target.is_dir()]:
+        raise IsADirectoryError(
+            f"--output_dir: expected files or nothing at {', '.join(taken)}, got a folder; move it "
+            "away, or choose another --output_dir"
+        )
+    for parent in dict.fromkeys([folder, *(target.parent for target in targets)]):
+        place = next(p for p in (parent, *parent.absolute().parents) if os.path.lexists(p))
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise OSError(
+                f"--output_dir: expected a folder to write into, got {parent} ({error.strerror}); "
+                "choose another"
+            ) from error
 
 
 def buckets(losses: list[float]) -> list[tuple[int, int, float]]:

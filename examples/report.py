@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from evaluation.options import device, doubling
+from output import check_targets
 from reporting import (
     card,
     evaluation,
@@ -37,7 +37,7 @@ from reporting import (
 )
 from reporting.checkpoint import Checkpoint, load
 from reporting.content import Picture, Section, Warned
-from reporting.files import write_all
+from reporting.files import finite, write_all
 from reporting.text import Text, held_out
 
 
@@ -68,17 +68,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--seq_len: expected at most --max_len, got {args.seq_len} above {args.max_len}"
         )
-    place = next(p for p in (args.output_dir, *args.output_dir.absolute().parents) if p.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        parser.error(f"--output_dir: expected a folder to write into, got {args.output_dir}")
     try:
+        check_targets(args.output_dir, targets(args.output_dir))
         args.device = device(args.device)
         args.checkpoints = load([args.checkpoint_path, *args.compare], args.device)
         args.found_logs = find_logs(args)
         args.found_results = find_results(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+        args.text, args.said = find_text(args)
+    except (OSError, ValueError, ImportError) as error:
+        parser.exit(2, f"report.py: error: {error}\n")
     return args
+
+
+def targets(folder: Path) -> list[str]:
+    """The files of a report in a folder, as far as they are known before it is made."""
+    pictures = {speed.PICTURE, *(path.stem for path in folder.glob(f"{markdown.PICTURES}/*.png"))}
+    names = [f"{markdown.PICTURES}/{name}.png" for name in sorted(pictures)]
+    return ["report.html", "report.md", "report.json", *names]
 
 
 def find_logs(args: argparse.Namespace) -> list[logs.Log | None]:
@@ -108,16 +114,29 @@ def find_results(args: argparse.Namespace) -> list[results.Results | None]:
 
 
 def find_text(args: argparse.Namespace) -> tuple[Text | None, list[str]]:
-    """Held-out documents of the first checkpoint's data, and what there is to be said of them."""
+    """Held-out documents of the first checkpoint's data, and what there is to be said of them.
+
+    Raises:
+        ValueError: if data that a flag names cannot be had; None for the checkpoint's own.
+    """
     (first, *others), log = args.checkpoints, args.found_logs[0]
+    if not any(one.tokenizer for one in args.checkpoints):
+        return None, ["No checkpoint has a tokenizer: no loss of text, and no samples."]
     options = {} if log is None else log.data
     given = {"dataset_name": args.dataset_name, "dataset_config": args.dataset_config}
     if args.dataset_name:  # other data: nothing of the training's options belongs to them
         options = {n: options[n] for n in ("cache_dir", "seed") if n in options}
     try:
         text = held_out(options, **given)
-    except (ConnectionError, OSError, ValueError, ImportError) as error:
-        return None, [f"Nothing was measured on text: {error}"]
+    except (OSError, ValueError, ImportError) as error:
+        # The data module names its own flags, of examples/train.py.
+        reason = str(error).replace("--data.dataset_", "--dataset_")
+        if any(given.values()):
+            raise ValueError(
+                f"--dataset_name: expected data with held-out documents, got "
+                f"{' '.join(filter(None, given.values()))}: {reason}"
+            ) from error
+        return None, [f"Nothing was measured on text: {reason}"]
     said = []
     if args.dataset_name and log is None:
         said.append(
@@ -140,10 +159,7 @@ def split_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def measured(args: argparse.Namespace) -> list[Section | None]:
     """What is measured on held-out documents: the loss, the gates, the samples."""
-    checkpoints = args.checkpoints
-    text, said = None, ["No checkpoint has a tokenizer: no loss of text, and no samples."]
-    if any(one.tokenizer for one in checkpoints):
-        text, said = find_text(args)
+    checkpoints, text, said = args.checkpoints, args.text, list(args.said)
     sections: list[Section | None] = []
     if text is not None:
         try:
@@ -156,6 +172,8 @@ def measured(args: argparse.Namespace) -> list[Section | None]:
         sections.append(
             samples.section(checkpoints, text, args.samples, args.new_tokens, args.seed)
         )
+    for one in said:
+        print(f"report.py: warning: {one}", file=sys.stderr)
     warned = Section("Held-out text", [Warned(one) for one in said]) if said else None
     return [warned, *sections]
 
@@ -190,15 +208,16 @@ def main(argv: list[str] | None = None) -> Path:
     said = introduction(sys.argv[1:] if argv is None else argv, args.device)
     pictures = {p.name: p.png for s in sections for p in s.parts if isinstance(p, Picture)}
     numbers = {"made_by": said, **{section.title: section.numbers for section in sections}}
-    write_all(
-        args.output_dir,
-        {
-            **{f"{markdown.PICTURES}/{name}.png": png for name, png in pictures.items()},
-            "report.json": json.dumps(numbers, indent=1) + "\n",
-            "report.md": markdown.render(title, said, sections),
-            "report.html": html.render(title, said, sections),
-        },
-    )
+    files: dict[str, str | bytes] = {
+        **{f"{markdown.PICTURES}/{name}.png": png for name, png in pictures.items()},
+        "report.json": json.dumps(finite(numbers), indent=1, allow_nan=False) + "\n",
+        "report.md": markdown.render(title, said, sections),
+        "report.html": html.render(title, said, sections),
+    }
+    try:
+        write_all(args.output_dir, files)
+    except OSError as error:  # a full disk, or a folder that changed meanwhile
+        sys.exit(f"report.py: error: {error}")
     print(f"Written to {args.output_dir / 'report.html'}, and report.md and report.json beside it.")
     return args.output_dir
 

@@ -5,16 +5,20 @@ import json
 import os
 import re
 import runpy
+from argparse import Namespace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from evaluate import main as evaluate
+from evaluation.models import fingerprint
 from program import ROOT, SMALL, fit, merged, scalars
 from reporting.checkpoint import load
+from reporting.logs import Log
 from training.checkpoints import read_checkpoint
-from training.tokenization import ByteTokenizer
+from training.tokenization import ByteTokenizer, train_bpe
 
 from longctx_layers import create_model
 from longctx_layers.testing import small_model
@@ -170,8 +174,9 @@ def test_comparison(main, here, tmp_path):
     assert "these documents may have been among them" in text
 
 
-def test_model_without_tokenizer_and_logs(main, here, tmp_path):
+def test_model_without_tokenizer_and_logs(main, here, tmp_path, capsys):
     main(["--checkpoint_path", "bare", "--output_dir", str(tmp_path), *QUICK])
+    assert "warning: No checkpoint has a tokenizer" in capsys.readouterr().err
     page = Page((tmp_path / "report.html").read_text())
     assert "No checkpoint has a tokenizer" in page.text
     assert "Measured on the sequences of the task passkey" in page.text
@@ -228,6 +233,68 @@ def test_scores_at_chance_are_said_to_be(here):
     assert "was not trained" in said({**bad, "trained": False})
     assert "at chance" not in said(good)
     assert "effective length in passkey (accuracy at least 0.9): 64 tokens" in said(good)
+
+
+@pytest.mark.parametrize("slope", [None, float("nan")])
+def test_streaming_that_is_no_result_is_said_to_be(here, slope):
+    from reporting.evaluation import section
+    from reporting.results import Results
+
+    one, other = load([here]) * 2
+    other = replace(other, label="other", tokenizer=train_bpe(["some text " * 9], 260))
+    row = {
+        "length": 64, "accuracy": 0.1, "low": 0.05, "high": 0.2, "chance": 0.1, "n": 9, "reach": 28,
+        "accuracy_state_zeroed": 0.0, "loss": 1.0, "perplexity": 2.7, "slope_from": 60,
+        "slope": slope, "slope_low": slope, "slope_high": slope,
+    }  # fmt: skip
+    place = {"length": 64, "place": 0, "loss": 1.0}
+    found = Results(Path("out"), {"streaming_ppl": [row]}, {"streaming_ppl": [place]})
+
+    def said(*checkpoints):
+        parts = section(checkpoints, [found] * len(checkpoints)).parts
+        assert "95 % interval over parts of the text" in parts[1].header
+        return " ".join(part for part in parts if isinstance(part, str))
+
+    alone = said(one)
+    assert "behind 60 tokens the text is too short for a slope of the loss; perplexity" in alone
+    assert "is at chance in streaming_ppl" in alone
+    assert "tokenizers" not in alone
+    assert "Wilson" not in alone
+    assert "effective length" not in alone
+    assert "losses per token, perplexities and accuracies" in said(one, other)
+    row |= {"slope": 0.5, "slope_low": 0.1, "slope_high": 0.9, "trained": False}
+    assert "the loss rises with the position: +0.5" in said(one)
+    assert "was not trained" in said(one)
+
+
+@pytest.mark.parametrize("name", ["model", "key", "low", "length"])
+def test_rows_of_an_older_version(main, here, tmp_path, capsys, name):
+    row = {"task": "passkey", "block": "dpassm", "length": 64, "accuracy": 1.0, "n": 9}
+    row |= {
+        "chance": 0.1,
+        "low": 0.9,
+        "high": 1.0,
+        "key": "k",
+        "model": fingerprint(load([here])[0].model),
+    }
+    row[name] = None
+    (tmp_path / "passkey.jsonl").write_text(json.dumps(row))
+    flags = ["--output_dir", str(tmp_path / "out"), "--results", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(["--checkpoint_path", str(here), *flags, *QUICK])
+    said = capsys.readouterr().err
+    assert "passkey.jsonl: expected rows with" in said
+    assert f"got none for {name} in that of dpassm at length" in said
+    assert "run examples/evaluate.py again" in said
+
+
+def test_data_of_the_training_that_are_gone(main, here):
+    data = {"dataset_name": "local", "dataset_config": "gone"}
+    args = Namespace(checkpoints=load([here]), found_logs=[Log([], {"data": data})])
+    args.dataset_name = args.dataset_config = None
+    text, (said,) = main.__globals__["find_text"](args)
+    assert text is None
+    assert "as in --dataset_config=path/to/data" in said
 
 
 # ---- Errors
@@ -319,6 +386,8 @@ def test_bad_checkpoint(main, here, tmp_path, capsys, spoil, message):
         ("--seq_len 256 --max_len 128", "expected at most --max_len"),
         ("--documents 1", "expected at least 2"),
         ("--device tpu", "expected auto, cpu, cuda"),
+        ("--dataset_name stdlibb", "got stdlibb: dataset_name: expected"),
+        ("--dataset_config few", "got few: dataset_config: for synthetic"),
     ],
 )
 def test_bad_options(main, here, tmp_path, capsys, flags, message):
@@ -327,3 +396,16 @@ def test_bad_options(main, here, tmp_path, capsys, flags, message):
         main(["--checkpoint_path", str(here), *out, *QUICK, *flags.split()])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("taken", ["report.html", "pictures/training_loss.png", "pictures"])
+def test_place_that_is_taken(main, here, tmp_path, capsys, taken):
+    if taken == "pictures":
+        (tmp_path / taken).write_text("a file")
+    else:
+        (tmp_path / taken).mkdir(parents=True)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit):
+        main(["--checkpoint_path", str(here), "--output_dir", str(tmp_path), *QUICK])
+    assert "report.py: error: --output_dir: expected" in capsys.readouterr().err
+    assert set(tmp_path.rglob("*")) == before

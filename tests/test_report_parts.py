@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from reporting import logs, markdown, position
+from output import check_targets
+from reporting import evaluation_pictures, inside, logs, markdown, position
 from reporting.checkpoint import Checkpoint
 from reporting.content import Sample, Section, Table, visible
-from reporting.files import write_all
+from reporting.files import finite, write_all
 from reporting.html import render
 from reporting.text import Text
+from reporting.words import wrapped
 from torch.utils.tensorboard import SummaryWriter
 from training.tokenization import ByteTokenizer, train_bpe
 
@@ -49,6 +51,58 @@ def test_files_are_written_all_or_none(tmp_path, monkeypatch):
     assert (tmp_path / "a.txt").read_text() == "old"
     assert (tmp_path / "b/c.png").read_bytes() == b"old"
     assert {path.name for path in tmp_path.rglob("*")} == {"a.txt", "b", "c.png"}
+    with pytest.raises(IsADirectoryError, match="expected files or nothing at .*/b"):
+        write_all(tmp_path, {"a.txt": "new", "b": "new"})
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("place", ["/proc/none", "a.txt", "a.txt/in"])
+def test_places_that_take_no_file(tmp_path, place):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(OSError, match="expected a folder to write into"):
+        check_targets(tmp_path / place, ["b.txt"])
+    check_targets(tmp_path / "new/one", ["b.txt", "c/d.txt"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["a.txt"]
+
+
+def test_json_has_neither_nan_nor_infinity():
+    numbers = {"a": [1, float("nan"), (2.5, float("-inf"))], "b": "NaN", "c": None, "d": True}
+    assert finite(numbers) == {"a": [1, None, [2.5, None]], "b": "NaN", "c": None, "d": True}
+
+
+# ---- Pictures
+
+LONG = "DPASSM, some/folders/of_rather_long_names/and_more/checkpoints/step=00000020.ckpt"
+
+
+def boxes(figure):
+    figure.draw_without_rendering()
+    titles = [axes.title for axes in figure.axes if axes.get_title()]
+    return [one.get_window_extent() for one in (*titles, figure._suptitle)]
+
+
+def test_titles_with_a_path_stay_apart(monkeypatch):
+    for module in (inside, evaluation_pictures):
+        monkeypatch.setattr(module, "png", lambda figure, **_: figure)
+    courses = {name: {0: [(1, 0.5), (2, 0.6)]} for name in (inside.GATE, inside.SCALE)}
+    row = {"depth": 0, "length": 64, "accuracy": 0.5, "chance": 0.1}
+    one = Checkpoint(Path("a"), small_model("dpassm"), None, label=LONG)
+    for figure in (
+        inside.draw_courses(courses, LONG),
+        evaluation_pictures.draw_needle([(one, [row])] * 2),
+        evaluation_pictures.draw_needle([(one, [row])]),
+    ):
+        found = boxes(figure)
+        assert not any(a.overlaps(b) for i, a in enumerate(found) for b in found[:i])
+        width = figure.get_figwidth() * figure.dpi
+        assert all(box.x0 >= 0 and box.x1 <= width for box in found)
+
+
+def test_wrapped_text_is_all_there():
+    lines = wrapped(LONG, 20).split("\n")
+    assert max(map(len, lines)) <= 20
+    assert "".join(lines).replace(" ", "") == LONG.replace(" ", "")
+    assert wrapped("DPASSM", 20) == "DPASSM"
 
 
 # ---- Logs

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from output import can_hold_files
+from output import check_targets
 from tqdm import tqdm
 
 from evaluation import streaming
@@ -30,7 +30,7 @@ def settle(args: argparse.Namespace) -> Plan:
     """Load or build the model and check that all fits, before any work.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: for what does not.
+        OSError, ValueError, TypeError: for what does not.
     """
     if args.checkpoint is not None:
         loaded = load(args.checkpoint)
@@ -53,10 +53,7 @@ def settle(args: argparse.Namespace) -> Plan:
         args.output_dir = Path("reports/evaluation")
         if args.checkpoint is not None:
             args.output_dir /= folder_name(args.checkpoint)
-    if not can_hold_files(args.output_dir / "models"):
-        raise ValueError(
-            f"--output_dir: expected a folder to write into, got {args.output_dir}; choose another"
-        )
+    check_targets(args.output_dir, [f"{args.task}.jsonl", f"models/{args.task}"])
     key = key_of(_settings(args, loaded, task, text))
     folder, names = args.output_dir, ("task", "block", "length")
     rows = Rows(folder / f"{args.task}.jsonl", names)

@@ -55,6 +55,11 @@ class Checkpoint:
         return self.order.get("seq_len")
 
 
+def tokenizers_differ(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether their losses per token are not comparable, as far as their tokenizers are known."""
+    return len({one.tokenizer.fingerprint for one in checkpoints if one.tokenizer}) > 1
+
+
 def load(paths: Sequence[Path], device: torch.device | str = "cpu") -> list[Checkpoint]:
     """All of them, told apart by their labels.
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 from evaluation.options import NEEDLE, STREAMING
 from evaluation.table import THRESHOLD
 
 from longctx_layers.evals import effective_length
 from reporting import evaluation_pictures as pictures
-from reporting.checkpoint import Checkpoint
+from reporting.checkpoint import Checkpoint, tokenizers_differ
 from reporting.content import Part, Picture, Section, Table, Warned
-from reporting.results import Results, Row
+from reporting.results import SLOPES, Results, Row
+
+OVER_PARTS = "95 % interval over parts of the text"
+TOKENIZERS_DIFFER = (
+    "The checkpoints have different tokenizers: their losses per token, perplexities and "
+    f"accuracies in {STREAMING} are not comparable. Only the bits per byte under Loss by position "
+    "can be compared."
+)
 
 Known = Sequence[tuple[Checkpoint, Results]]
 Rows = Sequence[tuple[Checkpoint, Sequence[Row]]]
@@ -26,15 +34,15 @@ def section(checkpoints: Sequence[Checkpoint], results: Sequence[Results | None]
         f"--checkpoint_path {one.path}, and then this report again."
         for one in missing
     ]
+    tasks = dict.fromkeys(task for _, r in known for task in r.by_length)
     if known:
         folders = ", ".join(dict.fromkeys(str(r.folder) for _, r in known))
         parts.append(
-            f"Measured by examples/evaluate.py, read from {folders}. Intervals are Wilson's of "
-            "95 %. Zeroed is the accuracy with the recurrent state emptied before the question: "
+            f"Measured by examples/evaluate.py, read from {folders}. {_intervals(tasks)} "
+            "Zeroed is the accuracy with the recurrent state emptied before the question: "
             "what is left of the accuracy there is not the memory's doing. The reach is how many "
             "tokens back the stacked windows see."
         )
-    tasks = dict.fromkeys(task for _, r in known for task in r.by_length)
     for task in tasks:
         rows = [(c, r.by_length[task]) for c, r in known if task in r.by_length]
         parts += _of_task(task, rows, known)
@@ -42,13 +50,27 @@ def section(checkpoints: Sequence[Checkpoint], results: Sequence[Results | None]
     return Section("Evaluation", parts, numbers)
 
 
+def _intervals(tasks: Collection[str]) -> str:
+    """What the intervals of these tasks are."""
+    said = []
+    if set(tasks) - {STREAMING}:
+        said.append("Intervals are Wilson's of 95 %.")
+    if STREAMING in tasks:
+        said.append(f"That of {STREAMING} is a {OVER_PARTS}.")
+    return " ".join(said)
+
+
 def _of_task(task: str, rows: Rows, known: Known) -> list[Part]:
     parts: list[Part] = [_table(task, rows)]
+    verdicts = [said for c, own in rows for said in _verdict(task, c, own)]
     if task == STREAMING:
         places = [(c, r.by_place[task]) for c, r in known if r.by_place.get(task)]
+        differ = tokenizers_differ([one for one, _ in rows])
+        if differ:
+            parts.append(Warned(TOKENIZERS_DIFFER))
         shown = "Loss by position of a long stream of text"
-        parts.append(Picture(task, shown, pictures.draw_stream(places)))
-        return [*parts, *(_drift(c, own[-1]) for c, own in rows)]
+        parts.append(Picture(task, shown, pictures.draw_stream(places, differ)))
+        return [*parts, *(_drift(c, own[-1]) for c, own in rows), *verdicts]
     shown = f"{task}: accuracy by length"
     parts.append(Picture(task, shown, pictures.draw_lengths(task, rows)))
     if task == NEEDLE:
@@ -59,7 +81,7 @@ def _of_task(task: str, rows: Rows, known: Known) -> list[Part]:
         places = [(c, r.by_place[task]) for c, r in known if r.by_place.get(task)]
         shown = "Drift curve: accuracy and loss by the distance of the question"
         parts.append(Picture("drift_curve_places", shown, pictures.draw_drift(places)))
-    return [*parts, *(said for c, own in rows for said in _verdict(task, c, own))]
+    return [*parts, *verdicts]
 
 
 def _table(task: str, rows: Rows) -> Table:
@@ -81,9 +103,9 @@ def _table(task: str, rows: Rows) -> Table:
         for row in own
         if row["length"] == length
     ]
-    n = "tokens" if task == STREAMING else "sequences"
+    n, interval = ("tokens", OVER_PARTS) if task == STREAMING else ("sequences", "95 % interval")
     header = [
-        f"{task}, length (tokens)", "checkpoint", "accuracy", "95 % interval", "chance", "zeroed",
+        f"{task}, length (tokens)", "checkpoint", "accuracy", interval, "chance", "zeroed",
         "loss (nats)", n, "reach",
     ]  # fmt: skip
     return Table(header, cells)
@@ -97,19 +119,27 @@ def _verdict(task: str, one: Checkpoint, rows: Sequence[Row]) -> list[Part]:
         return [
             Warned(f"{one.label} is at chance in {task} at every length: it has not learnt it.")
         ]
+    if task == STREAMING:  # nobody foresees text that well
+        return []
     found = effective_length({row["length"]: row["accuracy"] for row in rows}, THRESHOLD)
     length = "none" if found is None else f"{found:,} tokens"
     return [f"{one.label}, effective length in {task} (accuracy at least {THRESHOLD}): {length}."]
 
 
 def _drift(one: Checkpoint, row: Row) -> str:
-    low, high = row["slope_low"], row["slope_high"]
-    trend = "rises" if low > 0 else "falls" if high < 0 else "neither rises nor falls"
+    slope, low, high = (row.get(name, math.nan) for name in SLOPES)
+    if all(value is not None and math.isfinite(value) for value in (slope, low, high)):
+        trend = "rises" if low > 0 else "falls" if high < 0 else "neither rises nor falls"
+        said = (
+            f"the loss {trend} with the position: {slope:+.5f} nats per 1,000 tokens ({low:+.5f} "
+            f"to {high:+.5f}), each part of the text compared with itself at other positions"
+        )
+    else:
+        said = "the text is too short for a slope of the loss"
     return (
-        f"{one.label}: behind {row['slope_from']:,} tokens the loss {trend} with the position: "
-        f"{row['slope']:+.5f} nats per 1,000 tokens ({low:+.5f} to {high:+.5f}), each part of the "
-        f"text compared with itself at other positions; perplexity {row['perplexity']:.3f} in the "
-        f"second half of {row['length']:,} tokens."
+        f"{one.label}: behind {row['slope_from']:,} tokens {said}; perplexity "
+        f"{row['perplexity']:.3f} in the second half of {row['length']:,} tokens."
+        + ("" if row.get("held_out") else " Whether it was trained on this text is not known.")
     )
 
 

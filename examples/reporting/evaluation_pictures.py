@@ -9,8 +9,10 @@ from figures import GREY, HEAT, lengths_along, mark_place, new_figure, new_panel
 
 from reporting.checkpoint import Checkpoint
 from reporting.results import Row
+from reporting.words import wrapped
 
 Rows = Sequence[tuple[Checkpoint, Sequence[Row]]]
+PER_INCH = 8  # characters of a title
 SMALLEST_LABEL = 24  # cells of a heat map in a row, up to which they carry numbers
 
 
@@ -60,7 +62,8 @@ def draw_needle(depths: Rows) -> bytes:
         image = axes.imshow(grid, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, ha="right")
         axes.set_yticks(range(len(places)), [f"{100 * place:.0f} %" for place in places])
-        axes.set(title=one.label, xlabel="length (tokens)", ylabel="depth (0 %: at the beginning)")
+        title = wrapped(one.label, int(PER_INCH * width))
+        axes.set(title=title, xlabel="length (tokens)", ylabel="depth (0 %: at the beginning)")
         if len(lengths) <= SMALLEST_LABEL:
             _label_cells(axes, grid)
     figure.suptitle("Needle: accuracy by depth and length")
@@ -103,10 +106,17 @@ def draw_drift(places: Rows) -> bytes:
     return png(figure, below=left.get_legend_handles_labels(), columns=2)
 
 
-def draw_stream(places: Rows) -> bytes:
-    """Loss by position in a stream, means over its parts, as a PNG."""
+def draw_stream(places: Rows, differ: bool = False) -> bytes:
+    """Loss by position in a stream, means over its parts, as a PNG.
+
+    Args:
+        differ: whether the tokenizers do, so that the lines are not comparable.
+    """
+    unit = "loss (nats per token)"
+    if differ:
+        unit += "\nnot comparable: the tokenizers differ"
     figure, axes = new_figure(
-        "Streaming: loss by position", "position in the stream (tokens)", "loss (nats per token)"
+        "Streaming: loss by position", "position in the stream (tokens)", unit
     )
     for one, own in places:
         longest = max(row["length"] for row in own)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from output import check_targets
 
 
 def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
@@ -12,7 +16,11 @@ def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
 
     All are on the disk beside their places before the first is moved there: a full disk or an
     interruption while they are written leaves the files of an earlier report as they were.
+
+    Raises:
+        OSError: if they cannot be written.
     """
+    check_targets(folder, contents)
     partials = {}
     try:
         for name, content in contents.items():
@@ -26,3 +34,12 @@ def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity: None in their place, however deep."""
+    if isinstance(value, Mapping):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

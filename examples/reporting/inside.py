@@ -16,6 +16,7 @@ from reporting.checkpoint import Checkpoint
 from reporting.content import Part, Picture, Section, Table
 from reporting.logs import Log
 from reporting.text import Text, encoded
+from reporting.words import wrapped
 
 TOKENS, ROWS = 512, 4
 
@@ -131,8 +132,9 @@ def _xy(values: Mapping[int, float]) -> tuple[list[int], list[float]]:
 def draw_courses(courses: Mapping[str, Mapping[int, Any]], label: str) -> bytes:
     """The same by training step, a colour for each layer from the first to the last, as a PNG."""
     figure, (left, right) = new_panels(2)
-    tidy(left, f"Gate by step, {label}", "training step", "gate")
-    tidy(right, f"Time scale by step, {label}", "training step", "time scale (tokens, mean)")
+    figure.suptitle(wrapped(label, 80))  # a path has no room above one panel
+    tidy(left, "Gate by step", "training step", "gate")
+    tidy(right, "Time scale by step", "training step", "time scale (tokens, mean)")
     count = 1 + max(courses[GATE])
     for axes, name in ((left, GATE), (right, SCALE)):
         for n, curve in courses[name].items():

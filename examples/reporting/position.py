@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longctx_layers.evals import stream
-from reporting.checkpoint import Checkpoint
+from reporting.checkpoint import Checkpoint, tokenizers_differ
 from reporting.content import Part, Picture, Section, Table
 from reporting.text import Text, encoded
 
@@ -84,7 +84,7 @@ def by_bucket(tokens: Tensor) -> list[tuple[int, int, float, float]]:
 
 def section(found: Sequence[Losses], text: Text) -> Section:
     """A picture, what the losses are and whether they rise past the training length."""
-    same = len({f.checkpoint.tokenizer.fingerprint for f in found if f.checkpoint.tokenizer}) == 1
+    same = not tokenizers_differ([one.checkpoint for one in found])
     n, length = found[0].tokens.shape
     parts: list[Part] = [
         f"{n} {text.source}, the first {length:,} tokens of each, read in pieces of {PIECE:,} with "

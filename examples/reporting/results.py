@@ -10,14 +10,18 @@ from typing import Any
 
 from evaluation.measuring import FURTHER, folder_name
 from evaluation.models import fingerprint
-from evaluation.options import NAMES, NEEDLE
+from evaluation.options import NAMES, NEEDLE, STREAMING
 from evaluation.rows import Rows
 
 from reporting.checkpoint import Checkpoint
 
 Row = dict[str, Any]
-MEASURED = ("accuracy", "n", "chance", "low", "high")
+MEASURED = ("length", "accuracy", "n", "chance", "low", "high")
 OPTIONAL = ("accuracy_state_zeroed", "reach")
+# Of streaming perplexity beside these; there is no slope where the text is too short for one.
+STREAMED = ("loss", "perplexity", "slope_from")
+SLOPES = ("slope", "slope_low", "slope_high")
+BY_PLACE = {NEEDLE: ("accuracy", "chance"), "drift_curve": ("accuracy", "loss")}
 
 
 @dataclass
@@ -53,12 +57,18 @@ def find(checkpoint: Checkpoint, folder: Path | None = None) -> Results | None:
         if not rows:
             continue
         for row in rows:
-            _check(row, place / f"{task}.jsonl")
+            numbers, optional = MEASURED, OPTIONAL
+            if task == STREAMING:
+                numbers, optional = (*numbers, *STREAMED), (*optional, *SLOPES)
+            _check(row, place / f"{task}.jsonl", numbers, optional)
         found.by_length[task] = sorted(rows, key=lambda row: row["length"])
         keys = {row["key"] for row in rows}
         kind, name = ("depths", "depth") if task == NEEDLE else ("places", "place")
-        further = Rows(place / f"{task}_{kind}{FURTHER}", (*names, name)).rows.values()
-        own = sorted((r for r in further if r.get("key") in keys), key=lambda r: r[name])
+        path = place / f"{task}_{kind}{FURTHER}"
+        own = [r for r in Rows(path, (*names, name)).rows.values() if r.get("key") in keys]
+        for row in own:
+            _check(row, path, ("length", name, *BY_PLACE.get(task, ("loss",))))
+        own.sort(key=lambda row: row[name])
         if task == NEEDLE:
             found.by_depth = own
         else:
@@ -78,20 +88,28 @@ def _own(checkpoint: Checkpoint, path: Path, names: tuple[str, ...]) -> list[Row
     rows = list(Rows(path, names).rows.values())
     if not rows:
         return []
+    for row in rows:
+        if missing := [n for n in ("model", "key") if not isinstance(row.get(n), str)]:
+            raise _foreign(row, path, "a model and a key", missing)
     # Trained on the task afterwards, it is the model in the folder with the row's key.
     name, own = checkpoint.path.resolve().name, fingerprint(checkpoint.model)
     return [
         row
         for row in rows
-        if (name.endswith(f"-{row.get('key')}") if row.get("train_steps") else row["model"] == own)
+        if (name.endswith(f"-{row['key']}") if row.get("train_steps") else row["model"] == own)
     ]
 
 
-def _check(row: Row, path: Path) -> None:
-    wrong = [name for name in MEASURED if not isinstance(row.get(name), Real)]
-    wrong += [n for n in OPTIONAL if not (row.get(n) is None or isinstance(row[n], Real))]
+def _check(row: Row, path: Path, numbers: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    wrong = [name for name in numbers if not isinstance(row.get(name), Real)]
+    wrong += [n for n in optional if not (row.get(n) is None or isinstance(row[n], Real))]
     if wrong:
-        raise ValueError(
-            f"{path}: expected numbers for {', '.join(MEASURED)}, got a row without "
-            f"{', '.join(wrong)}; it is another program's: move it away"
-        )
+        raise _foreign(row, path, f"numbers for {', '.join(numbers)}", wrong)
+
+
+def _foreign(row: Row, path: Path, expected: str, missing: list[str]) -> ValueError:
+    return ValueError(
+        f"{path}: expected rows with {expected}, got none for {', '.join(missing)} in that of "
+        f"{row['block']} at length {row['length']}; it is another program's or an older version's: "
+        "move the file away, and run examples/evaluate.py again"
+    )

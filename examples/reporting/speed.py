@@ -23,6 +23,7 @@ from reporting.words import MIB, size
 PIECE = 1024  # tokens that are read at once, as `generate` does
 NEW_TOKENS = 16
 ROUNDS = 3
+PICTURE = "speed_and_memory"
 
 
 @dataclass
@@ -127,7 +128,7 @@ def section(checkpoints: Sequence[Checkpoint], found: Sequence[Sequence[Speed]])
         "training one forward and one backward pass over the whole length, writing token by "
         f"token behind it ({NEW_TOKENS} tokens). Memory is the peak of what tensors take beyond "
         "the weights, in training with the gradients; '-' where that is more than there is.",
-        Picture("speed_and_memory", "Speed and memory by length", draw(checkpoints, found)),
+        Picture(PICTURE, "Speed and memory by length", draw(checkpoints, found)),
     ]
     for one, row in zip(checkpoints, found, strict=True):
         header = [

@@ -1,6 +1,8 @@
-"""Numbers as the page writes them."""
+"""Numbers as the page writes them, and names as its pictures do."""
 
 from __future__ import annotations
+
+import re
 
 MIB = 2**20
 
@@ -12,3 +14,14 @@ def size(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` characters, broken behind spaces and slashes."""
+    parts = re.findall(r"[^ /]*[ /]|[^ /]+", text)
+    lines = [""]
+    for part in (whole[i : i + width] for whole in parts for i in range(0, len(whole), width)):
+        if len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)

@@ -111,6 +111,35 @@ def packed_tokenizer(tokenizer: Any) -> dict[str, Tensor]:
         }
 
 
+def _content(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint of examples/train.py as it is in the file; see `read_checkpoint`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file, got {path}; see logs/checkpoints")
+    if not Path(path).stat().st_size:
+        raise _unfit(path, "which is empty")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file may hold anything
+        raise _unfit(
+            path,
+            "which is cut short, or holds something other than tensors and plain values "
+            f"({type(error).__name__})",
+        ) from error
+    if not isinstance(found, dict):
+        raise _unfit(path, f"which holds a {type(found).__name__}")
+    if missing := [n for n in ("longctx", "state_dict") if not isinstance(found.get(n), dict)]:
+        names = ", ".join(sorted(map(str, found))[:8]) or "nothing"
+        raise _unfit(path, f"which holds {names}, and nothing of {' and '.join(missing)}")
+    return found
+
+
+def _unfit(path: str | os.PathLike[str], what: str) -> ValueError:
+    return ValueError(
+        f"checkpoint: expected one that examples/train.py wrote, got {path}, {what}; it is damaged "
+        "or another program's: pass another file of logs/checkpoints"
+    )
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[LongContextLM, dict[str, bytes]]:
     """The language model of a checkpoint, in evaluation mode, and its tokenizer's files.
 
@@ -118,26 +147,24 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[LongContextLM, dict[s
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a checkpoint of this program.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: expected a file, got {path}; see logs/checkpoints")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["longctx"]
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint: expected one that examples/train.py wrote, got {path}: {error}"
-        ) from error
-    if foreign := [name for name in saved["tokenizer"] if Path(name).name != name]:
+    checkpoint = _content(path)
+    saved = checkpoint["longctx"]
+    if foreign := [name for name in saved.get("tokenizer", ()) if Path(name).name != name]:
         raise ValueError(
             f"checkpoint: expected tokenizer files without a path, got {foreign} in {path}; do not "
             "trust it"
         )
-    model = LongContextLM(ModelConfig.from_dict(saved["config"]), device="meta")
+    if missing := [name for name in ("config", "tokenizer") if name not in saved]:
+        raise _unfit(path, f"whose part longctx has no {' and no '.join(missing)}")
     prefix = "model."
     weights = {
         name.removeprefix(prefix): value
         for name, value in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
-    model.load_state_dict(weights, assign=True)
+    try:
+        model = LongContextLM(ModelConfig.from_dict(saved["config"]), device="meta")
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise _unfit(path, f"whose weights and configuration do not fit: {error}") from error
     return model.eval(), {n: bytes(t.tolist()) for n, t in saved["tokenizer"].items()}
