@@ -6,13 +6,14 @@ from dataclasses import replace
 import proofs
 import pytest
 from evaluation.proofs_plan import BLOCKS, PAIRS, Depths, Drift, Run, plan
-from evaluation.task_training import Recipe
+from evaluation.task_training import Recipe, for_training
 from proofs import carry_out, main, result_path
 from proofs_report import write_report
 
 from longctx_layers import LAYERS
 
 TINY = Recipe(steps=2, length=256, tokens=256, longest=1)
+EASIER = Recipe(steps=3, length=64, tokens=128, longest=1)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def small_plan(seeds):
         Run("passkey", "dpassm", seeds[0], TINY, (256, 512)),
         Depths("dpassm", seeds[0], length=512, n=2, early=64),
         Run("copy_recall", "blade", seeds[0], TINY, (256,)),
-        Run("mqar", "vanilla", seeds[0], TINY, (256,), state_dim=8),
+        Run("mqar", "vanilla", seeds[0], TINY, (256,), state_dim=8, easier=EASIER),
     ]
 
 
@@ -49,8 +50,10 @@ def test_runs_are_kept_and_the_page_is_written(few, tmp_path, monkeypatch):
     assert result["rows"][0]["accuracy_state_zeroed"] is not None
     assert result["trained_tokens"] == 512
     assert abs(result["parameters"] - 128_000) < 1280
-    pairs = [row["pairs"] for row in json.loads(files["mqar-vanilla-n8-0"].read_text())["rows"]]
-    assert pairs == list(PAIRS)
+    staged = json.loads(files["mqar-vanilla-n8-0"].read_text())
+    assert [row["pairs"] for row in staged["rows"]] == list(PAIRS)
+    assert [step for step, _, _ in staged["training"]["curve"]] == [1, 2, 3, 4, 5]
+    assert staged["trained_tokens"] == 3 * 128 + 2 * 256
     page = (tmp_path / "docs/results.md").read_text()
     assert "dpassm at 256 tokens, at least 99%: missed (" in page
     assert "blade at 4,096 tokens, at least 95%: not measured yet" in page
@@ -98,6 +101,15 @@ def test_plan_shows_what_it_must():
     first = {(r.proof, r.name): i for i, r in reversed(list(enumerate(runs))) if r.seed == 0}
     for i, run in enumerate(runs):
         assert i >= first[run.proof, run.name], "a later seed comes before the first"
+
+
+def test_full_attention_is_asked_as_it_is_measured_behind_easier_sequences():
+    (passkey,) = (r for r in plan([0]) if (r.proof, r.name) == ("passkey", "vanilla"))
+    easier, measured = passkey.stages()
+    assert easier["tasks"][0].distance < measured["tasks"][0].distance
+    assert measured["extra_questions"] == 0
+    task = for_training(measured["tasks"][0], 1, measured["extra_questions"])
+    assert task == measured["tasks"][0]
 
 
 def result(name, seed, *accuracies, proof="passkey", **more):
