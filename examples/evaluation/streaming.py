@@ -74,7 +74,8 @@ def prepare(args: argparse.Namespace, loaded: Loaded) -> Text:
     )
     data.setup("fit")
     text = text_of(data, args.max_len, args.rotations, args.seed)
-    same = loaded.order.get("content") == data.content
+    # What a training that read a stream has held out is chosen otherwise.
+    same = loaded.order.get("content") == data.content and not loaded.order["streaming"]
     return text._replace(held_out=True if same else None)
 
 
