@@ -156,6 +156,7 @@ def segment_ids_from_attention_mask(attention_mask: Tensor, held: Tensor | None 
 def call_segments(
     shape: tuple[int, int],
     held: Tensor | None,
+    seen: int,
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -171,7 +172,9 @@ def call_segments(
     Args:
         shape: batch and length of the call.
         held: `[B]`, the ids of the segments that the rows' states are in; None to begin.
-        attention_mask: `[B, S]`, 0 at pads; of the whole sequence so far or of this call alone.
+        seen: columns of earlier calls, pads among them.
+        attention_mask: `[B, S]`, 0 at pads; of this call alone, or of the whole sequence so far:
+            then columns behind this call are left out, as transformers does.
         position_ids: `[B, T]`; a document begins where they do not go up by one.
         segment_ids, seq_idx: `[B, T]` integers, equal in a document.
         cu_seq_lens: `[n + 1]`, where documents begin and end in the call's only row.
@@ -195,7 +198,7 @@ def call_segments(
             ids = torch.where(ids < 0, PAD_SEGMENT, ids + held.clamp(min=-1)[:, None] + 1)
     if ids is None and position_ids is not None:
         ids = _from_positions(position_ids, held, shape)
-    mask = None if attention_mask is None else _mask_of_call(attention_mask, shape)
+    mask = None if attention_mask is None else _mask_of_call(attention_mask, shape, seen)
     if ids is not None:
         expect_shape("segment_ids", ids, shape, "[B, T] of the call")
         return ids if mask is None else ids.masked_fill(mask == 0, PAD_SEGMENT)
@@ -216,7 +219,7 @@ def _from_positions(
     return None if torch.equal(ids[:, -1], first) else ids
 
 
-def _mask_of_call(attention_mask: Any, shape: tuple[int, int]) -> Tensor | None:
+def _mask_of_call(attention_mask: Any, shape: tuple[int, int], seen: int) -> Tensor | None:
     """The mask's columns of this call, `[B, T]`; None if it hides nothing."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         got = getattr(attention_mask, "shape", type(attention_mask).__name__)
@@ -225,12 +228,15 @@ def _mask_of_call(attention_mask: Any, shape: tuple[int, int]) -> Tensor | None:
             "a token sees is the layers' affair: tell documents apart with segment_ids, and leave "
             "cache_implementation out"
         )
-    if attention_mask.shape[1] < shape[1]:
-        raise ValueError(
-            f"attention_mask: expected at least the {shape[1]} columns of input_ids, got "
-            f"{attention_mask.shape[1]}; append a 1 for each new token"
-        )
-    mask = attention_mask[:, attention_mask.shape[1] - shape[1] :]
+    mask, length = attention_mask, shape[1]
+    if mask.shape[1] != length:
+        if mask.shape[1] < seen + length:
+            whole = f" or the {seen + length} of the sequence so far" if seen else ""
+            raise ValueError(
+                f"attention_mask: expected at least the {length} columns of input_ids{whole}, got "
+                f"{mask.shape[1]}; append a 1 for each new token"
+            )
+        mask = mask[:, seen : seen + length]
     expect_shape("attention_mask", mask, shape, "[B, T] of the call")
     # A sync for a faster path; transformers pays the same for its own masks.
     return None if not torch.compiler.is_compiling() and bool((mask != 0).all()) else mask

@@ -28,6 +28,8 @@ from longctx_layers.layers import layer_options
 from longctx_layers.ops.checks import expect_positive
 
 RECORD = "longctx_attention"
+# Arguments of from_pretrained that say where the files are.
+WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 # The pretrained model decides these, or its weights do.
 _GIVEN = ("n_kv_heads", "rope_base", "dropout", "projection", "device", "dtype")
 
@@ -115,7 +117,8 @@ def load_converted(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         ValueError: if the folder's config has no record of a conversion.
     """
-    config = transformers.AutoConfig.from_pretrained(directory)
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    config = transformers.AutoConfig.from_pretrained(directory, **where)
     record = getattr(config.get_text_config(decoder=True), RECORD, None)
     if not record:
         raise ValueError(

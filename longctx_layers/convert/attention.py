@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from longctx_layers.convert.cache import cache_layer
 from longctx_layers.convert.families import attention_sites
 from longctx_layers.layers import AttentionLayer
 from longctx_layers.varlen import call_segments, position_ids_from_segment_ids
+
+DOCUMENTS = ("segment_ids", "seq_idx", "cu_seq_lens_q")  # arguments that tell them apart
 
 
 class ConvertedAttention(nn.Module):
@@ -67,33 +70,47 @@ def hand_over_segments(
             "output_attentions: expected False for a converted model, got True; its layers never "
             "form the matrix of attention weights"
         )
-    kwargs["segment_ids"] = _segment_ids(kwargs)
+    documents = [name for name in DOCUMENTS if kwargs.get(name) is not None]
+    cache = kwargs.get("past_key_values")
+    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    if seen and kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            f"cu_seq_lens_q: expected an empty cache, got one with {seen} tokens, whose document "
+            "may go on or not; pass segment_ids"
+        )
+    kwargs["segment_ids"] = segments = _segment_ids(kwargs, seen)
+    if documents and segments is not None and not seen and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = position_ids_from_segment_ids(segments)
     if all(isinstance(site.attention, ConvertedAttention) for site in attention_sites(decoder)):
         # Decoders hand a mask of four dimensions to their layers as it is.
         kwargs["attention_mask"] = torch.empty(0, 0, 0, 0)
-    elif kwargs["segment_ids"] is not None and kwargs.get("attention_mask") is None:
-        # The layers that kept their attention know documents by positions, and without a cache.
-        kwargs["use_cache"] = False
-        if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = position_ids_from_segment_ids(kwargs["segment_ids"])
+    elif documents and (cache is not None or kwargs.get("attention_mask") is not None):
+        raise ValueError(
+            f"{documents[0]}: expected neither attention_mask nor past_key_values beside it, since "
+            "layers that kept their attention know documents by positions alone; leave them out, "
+            "or convert all layers"
+        )
+    elif segments is not None and kwargs.get("attention_mask") is None:
+        kwargs["use_cache"] = False  # with one, the kept layers would not look for documents
     return (), kwargs
 
 
-def _segment_ids(kwargs: dict[str, Any]) -> Tensor | None:
+def _segment_ids(kwargs: dict[str, Any], seen: int) -> Tensor | None:
     """`[B, T]`: documents of packed rows, -1 at pads; None for one segment in each row."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     inputs = embeddings if ids is None else ids
     if inputs is None:
         return None  # the decoder itself has an error for it
     mask = kwargs.get("attention_mask")
-    # As in transformers, which looks for documents where there is neither a mask nor a cache.
+    # As in transformers, where positions tell documents if there is neither a mask nor a cache.
     packed = mask is None and kwargs.get("past_key_values") is None
     return call_segments(
         (inputs.shape[0], inputs.shape[1]),
         None,
+        seen,
         attention_mask=mask,
-        segment_ids=kwargs.get("segment_ids"),
         position_ids=kwargs.get("position_ids") if packed else None,
-        seq_idx=kwargs.get("seq_idx") if packed else None,
-        cu_seq_lens=kwargs.get("cu_seq_lens_q") if packed else None,
+        segment_ids=kwargs.get("segment_ids"),
+        seq_idx=kwargs.get("seq_idx"),
+        cu_seq_lens=kwargs.get("cu_seq_lens_q"),
     )

@@ -93,6 +93,7 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
         ids = call_segments(
             (x.shape[0], x.shape[1]),
             None if cache is None else cache.held_segment(),
+            0 if cache is None else cache.get_seq_length(),
             attention_mask=attention_mask,
             position_ids=position_ids,
             segment_ids=segment_ids,
@@ -112,6 +113,11 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             expect_shape("labels", labels, tuple(x.shape[:2]), "[B, T] of the call")
+            if logits.shape[1] != x.shape[1]:
+                raise ValueError(
+                    f"labels: expected logits of all {x.shape[1]} columns for a loss, got "
+                    f"{logits.shape[1]}; leave logits_to_keep out"
+                )
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs
             )
@@ -183,11 +189,12 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
             generation_config.cache_implementation,
             constant=self.model.state_size(1) == self.model.state_size(0),
         )
-        if (ids := model_kwargs.get("segment_ids")) is not None:
-            raise ValueError(
-                f"generate: expected one prompt a row, got segment_ids {list(ids.shape)}; pad the "
-                "prompts at the left, and pass attention_mask"
-            )
+        for name in ("segment_ids", "seq_idx", "cu_seq_lens_q"):
+            if (ids := model_kwargs.get(name)) is not None:
+                raise ValueError(
+                    f"generate: expected one prompt a row, got {name} {list(ids.shape)}; pad the "
+                    "prompts at the left, and pass attention_mask"
+                )
         cache = model_kwargs.get(CACHE_NAME)
         given = cache is not None
         if not given and generation_config.use_cache is False:

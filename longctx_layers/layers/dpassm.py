@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +122,9 @@ class DPASSM(WindowAttention):
     def fields(self) -> dict[str, Field]:
         channels = 0
         shape: tuple[int, ...] = (0,)
-        if isinstance(self.state_space, SelectiveProjection):
-            channels = self.state_space.channels
+        # Not by its class: PEFT wraps modules that are trained whole.
+        if self.ssm == "selective":
+            channels = cast("SelectiveProjection", self.state_space).channels
             shape = (self.n_heads, self.head_dim, self.ssm_state_dim)
         elif self.ssm == "diagonal":
             shape = (self.ssm_state_dim,)
@@ -157,10 +158,10 @@ class DPASSM(WindowAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """s `[B, T, H, P]`, the conv tail and h."""
         h = None if state is None else state.h
-        if isinstance(self.state_space, DiagonalSSM):
-            s, h = self.state_space(x, h, segments)
+        if self.ssm == "diagonal":
+            s, h = cast("DiagonalSSM", self.state_space)(x, h, segments)
             return self.heads(s, self.n_heads), no_conv(s), h
-        assert self.state_space is not None
-        inputs = self.state_space(x, None if state is None else state.conv, segments)
+        selective = cast("SelectiveProjection", self.state_space)
+        inputs = selective(x, None if state is None else state.conv, segments)
         s, h = ssd(*inputs[:5], initial_state=h, segments=restarting(segments))
-        return self.state_space.add_skip(s, inputs.x), inputs.conv, h
+        return selective.add_skip(s, inputs.x), inputs.conv, h

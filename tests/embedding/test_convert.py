@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -304,6 +305,13 @@ def test_lora(first):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+    with torch.no_grad():
+        whole = model(ids).logits
+        head = model(ids[:, :20], use_cache=True)
+        tail = model(ids[:, 20:], past_key_values=head.past_key_values).logits
+        assert_close(torch.cat([head.logits, tail], 1), whole, rtol=1e-4, atol=1e-4)
+        tokens = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+        assert_close(tokens[:, 30], whole[:, -1].argmax(-1), rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -366,23 +374,50 @@ def test_loading_with_information_and_of_foreign_classes(tmp_path):
     config.write_text(config.read_text().replace("LlamaForCausalLM", "MyLlama"))
     with pytest.raises(ValueError, match="expected a model class of transformers, found 'MyLlama'"):
         load_converted(tmp_path)
+    model.save_pretrained(tmp_path / "within")
+    ids = ids_of(1, 9)
+    logits = load_converted(tmp_path, subfolder="within")(ids).logits
+    assert_close(logits, model(ids).logits, rtol=0, atol=0)
 
 
 @LAYERS
-@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "seq_idx"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "seq_idx", "segment_ids"])
 @torch.no_grad()
-def test_documents_are_apart_however_they_are_told(given, layers):
+def test_documents_are_apart_however_they_are_told(given, family, layers):
     """Also with the cache that transformers makes unasked, and in layers that kept theirs."""
-    original, ids = pretrained("llama"), ids_of(1, 12)
+    original, ids = pretrained(family), ids_of(1, 12)
     model = converted(original, layers=layers)
     told = {
         "position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None],
         "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32),
         "seq_idx": torch.tensor([0] * 5 + [1] * 7)[None],
+        "segment_ids": torch.tensor([3] * 5 + [1] * 7)[None],
     }
     parts = [ids[:, :5], ids[:, 5:]]
     apart = [torch.cat([m(p).logits for p in parts], 1) for m in (original, exact(original))]
-    assert_same(model(ids, **{given: told[given]}).logits, *apart)
+    call = {given: told[given]}
+    assert_same(model(ids, **call).logits, *apart)
+    if given == "position_ids":
+        return  # beside a mask or a cache they are not heeded, as in transformers
+    for more in ({"attention_mask": torch.ones_like(ids)}, {"past_key_values": DynamicCache()}):
+        if layers is None:
+            assert_same(model(ids, **call, **more).logits, *apart)
+        else:
+            with pytest.raises(ValueError, match=f"{given}: expected neither attention_mask nor"):
+                model(ids, **call, **more)
+
+
+@FAMILY
+@torch.no_grad()
+def test_masks_wider_than_the_call_are_cut_behind_it(family):
+    model, ids = converted(pretrained(family)), ids_of(2, 20)
+    wide = F.pad(left_padded(ids), (0, 4))
+    whole = model(ids, attention_mask=wide, use_cache=False).logits
+    assert_close(whole, model(ids, attention_mask=wide[:, :20], use_cache=False).logits)
+    head = model(ids[:, :15], attention_mask=wide[:, :15], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="or the 20 of the sequence so far, got 18"):
+        model(ids[:, 15:], attention_mask=wide[:, :18], past_key_values=head)
 
 
 def test_loading_a_folder_without_a_record(tmp_path):
@@ -462,6 +497,9 @@ def test_refused_calls():
     cache.crop(0)
     with pytest.raises(ValueError, match="state cannot go back"):
         cache.crop(-1)
+    again = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected an empty cache, got one with 8"):
+        model(ids, past_key_values=again, cu_seq_lens_q=torch.tensor([0, 8]))
     with pytest.raises(RuntimeError, match="new cache for each model"):
         original(ids, past_key_values=cache)
 

@@ -479,5 +479,10 @@ def test_mistakes_are_named() -> None:
         model(inputs_embeds=torch.zeros(2, 9, 5))
     with pytest.raises(ValueError, match=r"labels: expected .*of the call"):
         model(ids, labels=ids[:, :4])
+    with pytest.raises(ValueError, match="labels: expected logits of all 9 columns"):
+        model(ids, labels=ids, logits_to_keep=5)
+    wide = torch.ones(2, 12)
+    wide[:, 9:] = 0  # behind the call
+    torch.testing.assert_close(model(ids, attention_mask=wide).logits, model(ids).logits)
     with pytest.raises(ValueError, match="logits_to_keep: expected at least 0, got -1"):
         model(ids, logits_to_keep=-1)
