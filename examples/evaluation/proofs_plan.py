@@ -192,7 +192,7 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
         *(Depths(name, seed) for name in memories),
         *(Run("passkey", name, seed, short, far[:3]) for name in off),
         *(Run("copy_recall", name, seed, copying, far[:5]) for name in memories),
-        Run("copy_recall", "window", seed, short, far[:1]),
+        *(Run("copy_recall", name, seed, short, far[:1]) for name in off),
         Run("mqar", "dpassm", seed, pairs, far[:3], state_dim=32),
         Run("passkey", "vanilla", seed, full, far[:5], easier=marks),
         *(Run("passkey", name, seed, baseline, far[:5]) for name in others),
