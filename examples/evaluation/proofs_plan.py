@@ -183,6 +183,7 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
     short = Recipe(250, TRAINED, tokens=4096, longest=1)
     copying = Recipe(1000, TRAINED, tokens=8192, longest=4)
     baseline = Recipe(2000, TRAINED, tokens=4096, longest=4)
+    halved = replace(baseline, steps=1000)
     pairs = Recipe(2000, TRAINED, tokens=4096, longest=4)
     full = Recipe(2000, TRAINED, tokens=4096, curriculum=0.5, longest=4)
     marks = Recipe(400, TRAINED // 4, tokens=4096, curriculum=0.0, longest=1)
@@ -198,6 +199,8 @@ def _of_seed(seed: int) -> list[Run | Drift | Depths]:
         *(Run("passkey", name, seed, baseline, far[:5]) for name in others),
         *(Drift(name, seed) for name in (*memories, "window")),
         Run("mqar", "vanilla", seed, full, far[:3], state_dim=32, easier=matches),
+        Run("copy_recall", "vanilla", seed, full, far[:5], easier=marks),
+        *(Run("copy_recall", name, seed, halved, far[:5]) for name in others),
         *(
             Run("mqar", name, seed, pairs, far[:3], state_dim=32)
             for name in ("blade", *others, "window")
