@@ -127,7 +127,7 @@ def copying(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
     ]
     text = (
         "Four tokens told at the beginning, asked for in order at the end, each with those before "
-        f"it given; a guess scores 0.031. Longformer's two global keys see the first of the four. At "
+        f"it given; a guess scores 0.031. Longformer's global keys see the first of the four. At "
         f"{TRAINED} tokens:\n\n"
         + at_training_length(found)
         + "\nBy length:\n\n"
