@@ -17,6 +17,9 @@ from torch import Tensor
 from longctx_layers.generation import PAD_SEGMENT
 from longctx_layers.ops.checks import expect_count, expect_shape
 
+# The arguments of a call, by transformers' names, that do nothing but tell documents apart.
+DOCUMENTS = ("segment_ids", "seq_idx", "cu_seq_lens_q")
+
 
 class CuSeqlens(NamedTuple):
     """Rows with their pads taken out, as one long row.

@@ -90,10 +90,11 @@ def load(path: Path) -> Loaded:
         has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
         place = path if has_tokenizer else None
     else:
-        from training.checkpoints import read_checkpoint  # imports lightning: only where needed
+        # Imports lightning: only where needed.
+        from training.checkpoints import model_of, read_content
 
-        model, files = read_checkpoint(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_content(path)
+        model, files = model_of(content, path)
         order = content["LongContextData"]["order"]
         folder = tempfile.TemporaryDirectory()
         place = Path(folder.name)

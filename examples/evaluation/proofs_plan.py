@@ -96,10 +96,7 @@ class Run:
 
     def training_tasks(self) -> list[Task]:
         """Told a little beyond the reach, or further: it must not be seen by windows alone."""
-        if self.proof == "mqar":
-            return [Mqar(pairs=pairs, distance=REACH + 1) for pairs in PAIRS]
-        kind = {"passkey": Passkey, "copy_recall": CopyRecall}[self.proof]
-        return [kind(distance=REACH + 1)]
+        return self._tasks(REACH + 1)
 
     def easier_tasks(self) -> list[Task]:
         """Few pairs of few symbols, or a value told close to its questions."""
@@ -110,10 +107,13 @@ class Run:
 
     def tasks(self) -> list[Task]:
         """What is measured."""
-        if self.proof == "mqar":
+        return self._tasks(DISTANCE)
+
+    def _tasks(self, distance: int) -> list[Task]:
+        if self.proof == "mqar":  # pairs and questions leave room for no more
             return [Mqar(pairs=pairs, distance=REACH + 1) for pairs in PAIRS]
         kind = {"passkey": Passkey, "copy_recall": CopyRecall}[self.proof]
-        return [kind(distance=DISTANCE)]
+        return [kind(distance=distance)]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,8 @@ from torch import Tensor
 from evaluation.models import Loaded, build, own
 from evaluation.plan import Plan, bar, row_of
 from longctx_layers import LongContextLM
-from longctx_layers.evals import drift, has_memory, reach, rotations, stream, wilson
-from longctx_layers.evals.scoring import Z
+from longctx_layers.evals import accuracy_interval, drift, has_memory, reach, rotations, stream
 
-STRETCH = 64  # tokens of text that are taken for alike
 PARTS = 100  # of the text, for the slope; each is read once in each rotation
 SHORTEST_FORGETTING = 64
 
@@ -109,33 +107,6 @@ def part_of(length: int, count: int) -> int:
     return max(1, length // (count * math.ceil(PARTS / count)))
 
 
-def interval(right: Tensor, behind: slice) -> tuple[float, float]:
-    """The 95 % interval of the accuracy at some positions of `rotations(...)`.
-
-    The same tokens are read in every rotation, and neighbours are alike: stretches of the text are
-    what is taken for independent (a cluster-robust error). It is never narrower than Wilson's over
-    as many tokens as the text has, which is more than none where all were right, or all wrong.
-
-    Args:
-        right: `[rotations, T]`, whether each token was known.
-        behind: the positions.
-    """
-    rows, length = right.shape
-    shift = length // rows * torch.arange(rows)
-    stretch = (torch.arange(length) + shift[:, None]) % length // STRETCH
-    chosen, at = right[:, behind].double().flatten(), stretch[:, behind].flatten()
-    empty = torch.zeros(int(stretch.max()) + 1, dtype=torch.float64)
-    known = empty.index_add(0, at, chosen)
-    asked = empty.index_add(0, at, torch.ones_like(chosen))
-    accuracy = chosen.mean().item()
-    count = int((asked > 0).sum())
-    error = (known - accuracy * asked).square().sum().sqrt().item() / len(chosen)
-    half = Z * error * math.sqrt(count / max(1, count - 1))
-    tokens = min(len(chosen), length)
-    low, high = wilson(accuracy * tokens, tokens)
-    return max(0.0, min(low, accuracy - half)), min(1.0, max(high, accuracy + half))
-
-
 def measure(plan: Plan, model: LongContextLM) -> None:
     """Add the rows of all lengths; they come from one pass over the text."""
     args, text = plan.args, plan.text
@@ -163,7 +134,7 @@ def measure(plan: Plan, model: LongContextLM) -> None:
         upto = min(length, turned.shape[1])
         behind = slice(upto // 2, upto)
         right, loss = read.right[:, behind].double(), read.loss[:, behind].double()
-        low, high = interval(read.right, behind)
+        low, high = accuracy_interval(read.right, behind)
         score = {
             "accuracy": right.mean().item(), "n": right.numel(), "chance": common,
             "low": low, "high": high,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from figures import SERIES, STYLES
-from training.checkpoints import FOLDER, newest_checkpoint, read_checkpoint
+from training.checkpoints import FOLDER, model_of, newest_checkpoint, read_content
 from training.tokenization import Tokenizer, load_tokenizer
 
 from longctx_layers import LongContextLM
@@ -117,8 +117,8 @@ def _read_folder(path: Path) -> Checkpoint:
 
 
 def _read_file(path: Path) -> Checkpoint:
-    model, files = read_checkpoint(path)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = read_content(path)
+    model, files = model_of(content, path)
     options = dict(content["hyper_parameters"])
     options.pop("_instantiator", None)
     order = content["LongContextData"]["order"]

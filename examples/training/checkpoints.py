@@ -111,8 +111,13 @@ def packed_tokenizer(tokenizer: Any) -> dict[str, Tensor]:
         }
 
 
-def _content(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint of examples/train.py as it is in the file; see `read_checkpoint`."""
+def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """All that is in a checkpoint of examples/train.py.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a checkpoint of this program.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint: expected a file, got {path}; see logs/checkpoints")
     if not Path(path).stat().st_size:
@@ -147,7 +152,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[LongContextLM, dict[s
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a checkpoint of this program.
     """
-    checkpoint = _content(path)
+    return model_of(read_content(path), path)
+
+
+def model_of(
+    checkpoint: dict[str, Any], path: str | os.PathLike[str]
+) -> tuple[LongContextLM, dict[str, bytes]]:
+    """The same of content that was read already; the path is for errors."""
     saved = checkpoint["longctx"]
     if foreign := [name for name in saved.get("tokenizer", ()) if Path(name).name != name]:
         raise ValueError(

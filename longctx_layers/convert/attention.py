@@ -12,9 +12,7 @@ from transformers import Cache
 from longctx_layers.convert.cache import cache_layer
 from longctx_layers.convert.families import attention_sites
 from longctx_layers.layers import AttentionLayer
-from longctx_layers.varlen import call_segments, position_ids_from_segment_ids
-
-DOCUMENTS = ("segment_ids", "seq_idx", "cu_seq_lens_q")  # arguments that tell them apart
+from longctx_layers.varlen import DOCUMENTS, call_segments, position_ids_from_segment_ids
 
 
 class ConvertedAttention(nn.Module):

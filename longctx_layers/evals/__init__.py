@@ -7,7 +7,14 @@ print(score.accuracy, score.low, score.high, score.chance, score.accuracy_state_
 
 from longctx_layers.evals.associative import Mqar
 from longctx_layers.evals.distances import ChunkTransfer, DriftCurve
-from longctx_layers.evals.perplexity import Slope, Stream, drift, rotations, stream
+from longctx_layers.evals.perplexity import (
+    Slope,
+    Stream,
+    accuracy_interval,
+    drift,
+    rotations,
+    stream,
+)
 from longctx_layers.evals.prefill import (
     Answers,
     answer,
@@ -54,6 +61,7 @@ __all__ = [
     "Stream",
     "stream",
     "rotations",
+    "accuracy_interval",
     "Slope",
     "drift",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.evals.prefill import Progress, zero_memory
-from longctx_layers.evals.scoring import Z
+from longctx_layers.evals.scoring import Z, wilson
 from longctx_layers.model import LongContextLM
 from longctx_layers.ops.checks import expect_positive
+
+STRETCH = 64  # tokens of text that are taken for alike
 
 
 class Stream(NamedTuple):
@@ -130,3 +133,30 @@ def drift(loss: Tensor, part: int, skip: int = 0) -> Slope:
     scores = (x * (y - slope * x)).sum(0)  # of each part
     half = Z * (scores.pow(2).sum().sqrt() / spread).item()
     return Slope(slope, slope - half, slope + half)
+
+
+def accuracy_interval(right: Tensor, behind: slice) -> tuple[float, float]:
+    """The 95 % interval of the accuracy at some positions of `rotations(...)`.
+
+    The same tokens are read in every rotation, and neighbours are alike: stretches of the text are
+    what is taken for independent (a cluster-robust error). It is never narrower than Wilson's over
+    as many tokens as the text has, which is more than none where all were right, or all wrong.
+
+    Args:
+        right: `[rotations, T]`, whether each token was known.
+        behind: the positions.
+    """
+    rows, length = right.shape
+    shift = length // rows * torch.arange(rows)
+    stretch = (torch.arange(length) + shift[:, None]) % length // STRETCH
+    chosen, at = right[:, behind].double().flatten(), stretch[:, behind].flatten()
+    empty = torch.zeros(int(stretch.max()) + 1, dtype=torch.float64)
+    known = empty.index_add(0, at, chosen)
+    asked = empty.index_add(0, at, torch.ones_like(chosen))
+    accuracy = chosen.mean().item()
+    count = int((asked > 0).sum())
+    error = (known - accuracy * asked).square().sum().sqrt().item() / len(chosen)
+    half = Z * error * math.sqrt(count / max(1, count - 1))
+    tokens = min(len(chosen), length)
+    low, high = wilson(accuracy * tokens, tokens)
+    return max(0.0, min(low, accuracy - half)), min(1.0, max(high, accuracy + half))

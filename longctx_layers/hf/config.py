@@ -49,15 +49,10 @@ LAYER_OPTIONS = {
     "sliding_window": "window_size",
     "rope_theta": "rope_base",
     "attention_dropout": "dropout",
-    **{
-        name: f"projection (its {ours})"
-        for name, ours in {
-            "head_dim": "head_dim",
-            "attention_bias": "bias and out_bias",
-            "rope_scaling": "rope_scaling",
-            "rope_parameters": "rope_scaling",
-        }.items()
-    },
+    "head_dim": "projection (its head_dim)",
+    "attention_bias": "projection (its bias and out_bias)",
+    "rope_scaling": "projection (its rope_scaling)",
+    "rope_parameters": "projection (its rope_scaling)",
 }
 
 

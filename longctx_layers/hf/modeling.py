@@ -21,7 +21,7 @@ from longctx_layers.hf.cache import (
 )
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
 from longctx_layers.ops.checks import expect_shape
-from longctx_layers.varlen import call_segments
+from longctx_layers.varlen import DOCUMENTS, call_segments
 
 
 class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
@@ -189,7 +189,7 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
             generation_config.cache_implementation,
             constant=self.model.state_size(1) == self.model.state_size(0),
         )
-        for name in ("segment_ids", "seq_idx", "cu_seq_lens_q"):
+        for name in DOCUMENTS:
             if (ids := model_kwargs.get(name)) is not None:
                 raise ValueError(
                     f"generate: expected one prompt a row, got {name} {list(ids.shape)}; pad the "

@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 from evaluate import main
-from evaluation import measuring, streaming
+from evaluation import measuring
 from evaluation.models import build
 from evaluation.options import NAMES, doubling
 from evaluation.rows import Rows
 from program import SMALL, fit, merged
 
 from longctx_layers import LAYERS, LongContextLM, create_model
-from longctx_layers.evals import wilson
 
 FIELDS = [
     "task", "block", "length", "accuracy", "n", "chance", "low", "high", "accuracy_state_zeroed",
@@ -199,20 +198,6 @@ def test_text_that_the_training_held_out_is_what_is_read(tmp_path, capsys):
     with pytest.raises(SystemExit):  # the slope would be another one
         run(*flags.split(), "--seq_len", "32", task="streaming_ppl", block=None)
     assert "rows of dpassm with other settings" in capsys.readouterr().err
-
-
-def test_interval_is_over_stretches_of_the_text():
-    right = torch.zeros(2, 640, dtype=torch.bool)
-    whole = slice(0, 640)
-    assert streaming.interval(right, whole) == pytest.approx(wilson(0, 640))
-    alike = right.clone()
-    alike[0, :320] = alike[1, 320:] = True  # the same half of the text, twice
-    low, high = streaming.interval(alike, whole)
-    assert high - low > 0.6
-    draw = torch.Generator().manual_seed(0)
-    one = torch.rand(640, generator=draw) < 0.5
-    low, high = streaming.interval(torch.stack([one, one.roll(-320)]), whole)
-    assert 0.07 < high - low < 0.13  # of 640 tokens, not 1280
 
 
 def test_rows_of_two_programs_in_one_file(tmp_path):

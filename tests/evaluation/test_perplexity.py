@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx_layers.evals import drift, rotations, stream
+from longctx_layers.evals import accuracy_interval, drift, rotations, stream, wilson
 from longctx_layers.testing import MemoryMeter, small_model
 
 NAMES = ("window", "dpassm", "blade", "baseline_longformer")
@@ -93,3 +93,17 @@ def test_errors():
         drift(losses_with(0.0)[:1], part=50)
     with pytest.raises(ValueError, match="got 4 of 8"):
         drift(losses_with(0.0), part=250)
+
+
+def test_interval_is_over_stretches_of_the_text():
+    right = torch.zeros(2, 640, dtype=torch.bool)
+    whole = slice(0, 640)
+    assert accuracy_interval(right, whole) == pytest.approx(wilson(0, 640))
+    alike = right.clone()
+    alike[0, :320] = alike[1, 320:] = True  # the same half of the text, twice
+    low, high = accuracy_interval(alike, whole)
+    assert high - low > 0.6
+    draw = torch.Generator().manual_seed(0)
+    one = torch.rand(640, generator=draw) < 0.5
+    low, high = accuracy_interval(torch.stack([one, one.roll(-320)]), whole)
+    assert 0.07 < high - low < 0.13  # of 640 tokens, not 1280
