@@ -127,8 +127,8 @@ def copying(results: list[Result]) -> tuple[str, str, dict[str, bytes]]:
     ]
     text = (
         "Four tokens told at the beginning, asked for in order at the end, each with those before "
-        f"it given; a guess scores 0.031. Longformer's global keys see the first of the four. At "
-        f"{TRAINED} tokens:\n\n"
+        "it given; a guess scores 0.031. The global keys of Longformer and BigBird see the first "
+        f"one. At {TRAINED} tokens:\n\n"
         + at_training_length(found)
         + "\nBy length:\n\n"
         + at_lengths(found, lengths_of(found))
