@@ -32,6 +32,7 @@ def device(request):
     return torch.device("cpu")
 
 
+@pytest.mark.slow  # interpreted it takes long; test_reference.py compares the same operations
 def test_selfcheck(device):
     lengths, dtypes = (200, 1000) if REAL else (20,), DTYPES
     for length in lengths:

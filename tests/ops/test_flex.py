@@ -70,6 +70,7 @@ def test_masks_are_those_of_every_score(data):
 TABLES = ("num_blocks", "indices")
 
 
+@pytest.mark.slow  # the compiler takes half a minute; the other tests run the same formulas
 @torch.no_grad()
 def test_the_compiled_kernel_is_the_reference():
     q, k, v = inputs("sparse_attention", 2, 150, prefix=40, dtype=torch.float32).values()

@@ -36,7 +36,7 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.xdist_group("distributed")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(strategy, one_process, tmp_path):
     flags = ("--trainer.devices=2", f"--trainer.strategy={strategy}")
     run(tmp_path, *flags)
