@@ -59,10 +59,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, *dfar = _sparse_attention_backward(
-        do, dlse, *ctx.saved_tensors, ctx.far_block, ctx.scale
-    )
-    far = dfar if ctx.saved_tensors[6] is not None else (None, None, None)
+    saved = ctx.saved_tensors  # read once: checkpointing computes it again for each read
+    dq, dk, dv, *dfar = _sparse_attention_backward(do, dlse, *saved, ctx.far_block, ctx.scale)
+    far = dfar if saved[6] is not None else (None, None, None)
     return dq, dk, dv, None, *far, None, None, None
 
 

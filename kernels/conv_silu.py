@@ -207,8 +207,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbefore = _conv_silu_backward(dy, *ctx.saved_tensors)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbefore, None
+    saved = ctx.saved_tensors  # read once: checkpointing computes it again for each read
+    dx, dweight, dbefore = _conv_silu_backward(dy, *saved)
+    return dx, dweight, None if saved[2] is None else dbefore, None
 
 
 conv_silu.register_autograd(_gradients, setup_context=_save)

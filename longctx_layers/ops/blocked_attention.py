@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longctx_layers.ops.far import FarKeys
+from longctx_layers.ops.second_order import transformed, twice_differentiable
 from longctx_layers.ops.segments import Segments, cover, range_start, shortened
 
 _FULL_BLOCK = 256  # queries that full attention with segments or cached keys handles at a time
@@ -71,6 +72,28 @@ def _scaled_dot_product(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
+    """Attention under a mask that broadcasts to `[B, H, T, S]`, or a causal one."""
+    options = {"dropout_p": dropout_p, "scale": scale}
+    if not torch.compiler.is_compiling():
+        # The fused kernels have neither second nor forward derivatives. On a CPU they have no
+        # dropout either: there torch itself composes it.
+        drops = dropout_p > 0 and q.device.type == "cpu"
+        if drops or (torch.is_grad_enabled() and transformed()):
+            return _composed(q, k, v, mask, causal, **options)
+    y: Tensor = twice_differentiable(_fused, _composed, q, k, v, mask, causal, **options)
+    return y
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    *,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -81,6 +104,29 @@ def _scaled_dot_product(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    *,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    precise, groups = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    queries = q.to(precise).unflatten(1, (groups, -1)) * scale  # [B, G, H / G, T, P]
+    scores = queries @ k.to(precise)[:, :, None].mT
+    if causal:
+        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    elif mask is not None and mask.dim() == 4:
+        mask = mask.expand(-1, q.shape[1], -1, -1).unflatten(1, (groups, -1))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = F.dropout(scores.softmax(-1), dropout_p)
+    return (weights @ v.to(precise)[:, :, None]).flatten(1, 2).to(q.dtype)
 
 
 def _aligned_chunks(

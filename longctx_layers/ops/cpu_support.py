@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
+
+from longctx_layers.ops.second_order import transformed
 
 
 def refuse(x: Tensor, *_: Any, **__: Any) -> str | None:
@@ -22,8 +23,7 @@ def refuse(x: Tensor, *_: Any, **__: Any) -> str | None:
         return "is not for compilers, which fuse the torch path themselves"
     if type(x) not in (Tensor, nn.Parameter, FakeTensor):  # fake ones stand for plain ones
         return f"needs plain tensors, got a {type(x).__name__}"
-    # Neither has a public question: whether torch.func transforms, or duals, are in the making.
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if transformed():
         return "has no rules for transforms of torch.func and forward-mode gradients"
     if x.numel() == 0:
         return "needs at least one element"

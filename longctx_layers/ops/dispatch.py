@@ -11,11 +11,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from longctx_layers.ops.second_order import twice_differentiable
+
 BACKENDS = ("triton", "flash", "flex", "cpu", "torch", "reference")
+# Made of operations that autograd can differentiate any number of times.
+COMPOSED = ("torch", "reference")
 ENVIRONMENT_VARIABLE = "LONGCTX_BACKEND"
 
 
@@ -159,15 +164,15 @@ class Operation:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str
     ) -> Callable[..., Any]:
         if wanted == "auto":
-            for candidate in self.backends.values():
+            for name, candidate in self.backends.items():
                 refused = candidate.refuse(*args, **kwargs) is not None
                 if not refused and candidate.reserve(*args, **kwargs) is None:
-                    return candidate.run
+                    return self._run(name)
         elif _checked(wanted, self.name) in self.backends:
             candidate = self.backends[wanted]
             refusal = candidate.refuse(*args, **kwargs)
             if refusal is None:
-                return candidate.run
+                return self._run(wanted)
             raise RefusedError(
                 f"{self.name}: backend {wanted!r} was asked for and can't run this call: "
                 f"{refusal}; use backend='auto', or see longctx_layers.explain"
@@ -176,6 +181,12 @@ class Operation:
             f"{self.name}: expected a backend out of {('auto', *self.backends)}, got {wanted!r}; "
             "the others do not implement this operation"
         )
+
+    def _run(self, name: str) -> Callable[..., Any]:
+        run = self.backends[name].run
+        if name in COMPOSED:
+            return run
+        return partial(twice_differentiable, run, self.backends["torch"].run)
 
 
 def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:

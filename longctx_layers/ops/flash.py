@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longctx_layers.ops import flash_support
 from longctx_layers.ops.far import FarKeys
@@ -201,6 +202,7 @@ class _Merged(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from flash_attn import flash_attn_interface as low
 
