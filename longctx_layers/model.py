@@ -16,6 +16,7 @@ from longctx_layers.block import Block
 from longctx_layers.config import ModelConfig
 from longctx_layers.layers import build_layer
 from longctx_layers.layers.base import draw_weight
+from longctx_layers.layers.pieces import works_by_token
 from longctx_layers.ops.checks import expect_choice, expect_positive, expect_shape
 
 IGNORED_LABEL = -100
@@ -186,7 +187,9 @@ class LongContextLM(nn.Module):
     ) -> Any:
         """Cross-entropy of the labels, without the logits of the whole sequence at any time.
 
-        The logits of a few tokens at a time are computed, and again in the backward pass.
+        The logits of a few tokens at a time are computed, and again in the backward pass. Where
+        something could notice (hooks on the head, another module in its place), the head is called
+        once with whole rows instead.
 
         Args:
             ids, state, segment_ids: as for the model. For truncated back-propagation pass the
@@ -213,15 +216,10 @@ class LongContextLM(nn.Module):
         labels = labels.long()
         if segment_ids is not None:
             labels = labels.masked_fill(segment_ids < 0, IGNORED_LABEL)
-        pieces = [
-            # No random state to preserve: the head draws nothing.
-            checkpoint(self._token_losses, h, y, use_reentrant=False, preserve_rng_state=False)
-            for h, y in zip(
-                hidden.flatten(0, 1).split(tokens_at_once),
-                labels.flatten().split(tokens_at_once),
-                strict=True,
-            )
-        ]
+        if self.head is not None and not works_by_token(self.head):
+            pieces = [self._token_losses(hidden, labels)]
+        else:
+            pieces = self._losses_in_pieces(hidden, labels, tokens_at_once)
         loss = torch.cat(pieces).view_as(labels)
         if reduction != "none":
             loss = loss.sum()
@@ -229,8 +227,14 @@ class LongContextLM(nn.Module):
             loss = loss / (labels != IGNORED_LABEL).sum().clamp(min=1)
         return (loss, state) if return_state else loss
 
+    def _losses_in_pieces(self, hidden: Tensor, labels: Tensor, size: int) -> list[Tensor]:
+        rows = zip(hidden.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
+        # No random state to preserve: the head draws nothing.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        return [checkpoint(self._token_losses, h, y, **options) for h, y in rows]
+
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = self.project(hidden)
+        logits, labels = self.project(hidden).flatten(0, -2), labels.flatten()
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         try:
             return self.cross_entropy(precise, labels, ignore_index=IGNORED_LABEL, reduction="none")

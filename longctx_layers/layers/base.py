@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx_layers.layers.checks import check_input, check_segment_ids, check_state
-from longctx_layers.layers.pieces import by_rows, lengths
+from longctx_layers.layers.checks import (
+    check_input,
+    check_segment_ids,
+    check_state,
+    is_activation_dtype,
+)
+from longctx_layers.layers.pieces import by_rows, lengths, may_divide
 from longctx_layers.layers.rotary import RopeScaling, rotary_table, rotate
 from longctx_layers.layers.state import Field, Rows, arrange, tail
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
@@ -87,7 +92,8 @@ class AttentionLayer(nn.Module):
     output projection gets, with the new state. Its `__init__` ends with `reset_parameters`.
 
     On a CPU a large call is worked through in pieces that fit the caches: a few rows at a time,
-    and a few tokens, each piece from the state that the one before left.
+    and a few tokens, each piece from the state that the one before left. Not where something could
+    notice: see `may_divide`.
 
     Attributes:
         grain: tokens that a piece is a multiple of. None for layers that take a call as a whole,
@@ -222,7 +228,12 @@ class AttentionLayer(nn.Module):
         if x.shape[1] == 0:
             y = self.o_proj(x.new_zeros(len(x), 0, self.o_proj.in_features))
             return y, self.init_state(len(x)) if state is None else state
-        if self.grain is None or device != "cpu" or torch.compiler.is_compiling():
+        if (
+            self.grain is None
+            or device != "cpu"
+            or torch.compiler.is_compiling()
+            or not may_divide(self, x, dropout=self.dropout)
+        ):
             return self._run(x, state, segment_ids)
         return by_rows(partial(self._run, grain=self.grain), x, state, segment_ids)
 
@@ -252,7 +263,7 @@ class AttentionLayer(nn.Module):
             name: torch.zeros(
                 batch_size,
                 *(0 if n is None else n for n in field.shape),
-                dtype=field.dtype(weight.dtype),
+                dtype=field.dtype(self._dtype),
                 device=weight.device if device is None else device,
             )
             for name, field in self._all_fields().items()
@@ -261,7 +272,7 @@ class AttentionLayer(nn.Module):
 
     def state_size(self, length: int) -> int:
         """Bytes of one sequence's state after `length` tokens."""
-        dtype = self._weight.dtype
+        dtype = self._dtype
         return sum(
             math.prod(length if n is None else n for n in field.shape) * field.dtype(dtype).itemsize
             for field in self._all_fields().values()
@@ -291,12 +302,20 @@ class AttentionLayer(nn.Module):
         if segment_ids is not None:
             check_segment_ids(name, segment_ids, x)
         if state is not None:
-            check_state(name, state, self.state_type, self._all_fields(), x, weight.dtype)
+            check_state(name, state, self.state_type, self._all_fields(), x, self._dtype)
 
     @property
     def _weight(self) -> Tensor:
         weight: Tensor = self.k_proj.weight
         return weight
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """That of activations: of the first parameter that is not quantised."""
+        if is_activation_dtype(self._weight.dtype):
+            return self._weight.dtype
+        others = (p.dtype for p in self.parameters() if is_activation_dtype(p.dtype))
+        return next(others, torch.get_default_dtype())
 
     def _all_fields(self) -> dict[str, Field]:
         return {**self.fields(), "position": Field((), "index"), "segment": Field((), "index")}

@@ -28,9 +28,12 @@ class MlpUpdate(nn.Module):
         self.hidden = layer.linear(layer.n_heads * layer.head_dim, state_dim, bias=True)
         self.out = layer.linear(state_dim, state_dim, bias=True)
 
-    def update(self, total: Tensor, count: Tensor) -> Tensor:
-        """The state behind a chunk, from the sum `[B, H * P]` over its `[B]` tokens."""
-        mean = (total / count.clamp(min=1)[:, None]).to(self.hidden.weight.dtype)
+    def update(self, total: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
+        """The state behind a chunk, from the sum `[B, H * P]` over its `[B]` tokens.
+
+        `dtype` is that of the activations: quantised weights have one of integers.
+        """
+        mean = (total / count.clamp(min=1)[:, None]).to(dtype)
         return self.out(F.gelu(self.hidden(mean))).to(total.dtype)
 
     def forward(
@@ -86,12 +89,14 @@ class MlpUpdate(nn.Module):
             over = chunk_start(end, start, layer.chunk_size, layer.chunk_shift) == end
             over = (over | (start == end)) & (count[:, c] > 0)
             origin = begin.gather(1, (end - 1).clamp(min=0)[:, None]).squeeze(1)
-            renewed = torch.where((start == end)[:, None], 0, self.update(total, end - origin))
+            renewed = self.update(total, end - origin, x.dtype)
+            renewed = torch.where((start == end)[:, None], 0, renewed)
             h = torch.where(over[:, None], renewed, h)
             total = torch.where(over[:, None], 0, total)
         # Every parameter gets a gradient, even where no chunk was ever finished. By way of the
         # parameters, not of `renewed`: 0 times a row's NaN would be every row's.
-        unused = sum(p.sum() for p in (*self.hidden.parameters(), *self.out.parameters()))
+        trained = (*self.hidden.parameters(), *self.out.parameters())
+        unused = sum(p.sum() for p in trained if p.requires_grad)
         outputs[-1] = outputs[-1] + 0 * unused
 
         row = number * layer.chunk_size + index - offset.gather(1, number)

@@ -11,6 +11,11 @@ from longctx_layers.layers.state import Field
 from longctx_layers.ops.checks import expect_dtype, expect_shape
 
 
+def is_activation_dtype(dtype: torch.dtype) -> bool:
+    """Whether activations may have it: quantised weights hold integers or floats of 8 bits."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def check_input(name: str, x: Tensor, d_model: int, weight: Tensor) -> None:
     """Raise unless x is `[B, T, d_model]` in the dtype and on the device of the parameters."""
     expect_shape(f"{name}: x", x, (None, None, d_model), "[B, T, d_model]")
@@ -20,7 +25,7 @@ def check_input(name: str, x: Tensor, d_model: int, weight: Tensor) -> None:
             f"{x.device}; move one of them with .to(...)"
         )
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    if weight.is_floating_point() and not autocast:
+    if is_activation_dtype(weight.dtype) and not autocast:
         expect_dtype(f"{name}: x", x, weight.dtype)
 
 

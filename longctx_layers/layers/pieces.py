@@ -7,11 +7,50 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from longctx_layers.layers.state import map_state
 
 TOKENS_AT_ONCE = 2048
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def may_divide(layer: nn.Module, x: Tensor, *, dropout: float = 0.0) -> bool:
+    """Whether a call with x `[B, T, D]` may be worked through in pieces without a difference.
+
+    Args:
+        layer: the pieces call its submodules, and it once.
+        dropout: the layer's own, whose random numbers would be drawn in another order.
+    """
+    if x.shape[0] * x.shape[1] <= TOKENS_AT_ONCE:
+        return False  # it is one piece
+    if dropout and layer.training:
+        return False
+    return works_by_token(*layer.children())
+
+
+def works_by_token(*modules: nn.Module) -> bool:
+    """Whether modules may be called a few rows and tokens at a time instead of once.
+
+    True only for linear layers and modules of this library with plain weights and without hooks.
+    Hooks would see pieces, and other modules (adapters that are chosen by row, activations that
+    are quantised together, modules with a state) may depend on the rest of the batch.
+    """
+    if any(getattr(torch_module, "_global" + name) for name in _HOOKS):
+        return False
+    return all(_is_plain(part) for module in modules for part in module.modules())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind is not nn.Linear and not kind.__module__.startswith("longctx_layers."):
+        return False
+    if any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__:
+        return False
+    weights = (*module._parameters.values(), *module._buffers.values())
+    return all(weight is None or type(weight) in (Tensor, nn.Parameter) for weight in weights)
 
 
 def by_rows(
