@@ -44,11 +44,17 @@ SECOND_ORDER: dict[str, tuple[str, dict[str, Any]]] = {
 _PACKED = [(28, 4, {7, 20}), (30, 0, {3})]
 
 
-def _second_order_call(case: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+def _second_order_call(
+    case: str, short: bool = False
+) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     name, given = SECOND_ORDER[case]
     full = {"batch": 2, "length": 30, "seed": 0, "options": {}, "strength": 0.5}
     full |= {"invariant": False, "groups": 2, "prefix": 0, **given}
     full["rows"] = _PACKED if "rows" in given else None
+    if short:
+        full |= {"batch": 1, "length": 9, "rows": [(8, 4, {3})] if "rows" in given else None}
+        if "far" in given:
+            full["far"] = (2, 16, (1, 1), 0.5)
     if name != "sparse_attention":
         del full["groups"], full["prefix"]
     return name, *build(name, full, torch.float64)
@@ -138,3 +144,31 @@ def assert_hooks_are_harmless(case: str, backend: str) -> None:
         if not second:
             assert unpacked
             assert max(unpacked) == 1
+
+
+def assert_short_second_order(case: str, backend: str) -> None:
+    """In one small call: second derivatives, and saved tensors that are read once a pass."""
+    name, tensors, options = _second_order_call(case, short=True)
+    reads: dict[int, int] = {}
+
+    def pack(x: Tensor) -> tuple[int, Tensor]:
+        reads[len(reads)] = 0
+        return len(reads) - 1, x
+
+    def unpack(packed: tuple[int, Tensor]) -> Tensor:
+        reads[packed[0]] += 1
+        return packed[1]
+
+    found = []
+    for chosen in (backend, "reference"):
+        leaves = [x.clone().requires_grad_() for x in tensors.values()]
+        named = dict(zip(tensors, leaves, strict=True))
+        reads.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            loss = _loss(name, named, {**options, "backend": chosen})
+        slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        assert reads
+        assert max(reads.values()) == 1
+        penalty = sum((g * g).sum() for g in slopes)
+        found.append([x.detach() for x in (*slopes, *torch.autograd.grad(penalty, leaves))])
+    assert_close(*found, rtol=1e-8, atol=1e-8)
