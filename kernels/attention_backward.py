@@ -26,6 +26,7 @@ from longctx_layers.kernels.attention_forward import (
     prepare,
     table,
 )
+from longctx_layers.kernels.grid import grid, index_of_three, index_of_two
 from longctx_layers.kernels.guard import check_import_name
 from longctx_layers.kernels.target import pick
 
@@ -51,13 +52,13 @@ DELTA_ROWS = 32
 
 @triton.jit
 def _delta(
-    O, DO, DLSE, DELTA, tokens, T, heads,
+    O, DO, DLSE, DELTA, rows, T, heads,
     P: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """`o . do`, less the gradient of the log-sum-exp: what a row's weights share."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, HEAD)
-    inside = row < tokens * heads
+    inside = row < rows
     at = row[:, None] * P + d[None, :]
     o = _load(O, at, inside, d, P, HEAD).to(PRECISE)
     do = _load(DO, at, inside, d, P, HEAD).to(PRECISE)
@@ -100,8 +101,9 @@ def _queries(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q through the range."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
+    tiles = tl.cdiv(T * SHARE, ROWS)
+    tile, row = index_of_two(tiles)
+    tile, b, g = tiles - 1 - tile, row // G, row % G
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < T * SHARE
     t, h, d = row // SHARE, g * SHARE + row % SHARE, tl.arange(0, HEAD)
@@ -174,9 +176,10 @@ def _keys(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and v. `SEEN`: how many tokens begin at a tile's first key, or at its last."""
-    tile = tl.program_id(0)
-    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
-    key, d, S = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD), T + prefix
+    S = T + prefix
+    tile, row = index_of_two(tl.cdiv(S, KEYS))
+    b, g = row // G, row % G
+    key, d = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD)
     k_at = b * k_b + g * k_g + key.to(tl.int64)[:, None] * k_t + d[None, :]
     v_at = b * v_b + g * v_g + key.to(tl.int64)[:, None] * v_t + d[None, :]
     k, v = _load(K, k_at, key < S, d, P, HEAD), _load(V, v_at, key < S, d, P, HEAD)
@@ -213,8 +216,8 @@ def _far(
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the far queries, and a tile's share of those of the far keys and values."""
-    list, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
+    tile, list, row = index_of_three(tiles, lists)
+    b, g = row // G, row % G
     row, d = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, HEAD)
     t, h = list * block + row // SHARE, g * SHARE + row % SHARE
     inside = (row < block * SHARE) & (t < T)
@@ -269,12 +272,12 @@ def backward(
     shape, dots = (groups, share, dim, call.head), (call.precise, call.dot)
     scales = scale * math.log2(math.e), scale
     delta = torch.empty_like(lse)
-    _delta[(triton.cdiv(batch * length * heads, DELTA_ROWS),)](
-        o, do, dlse, delta, batch * length, length, heads, dim, call.head, DELTA_ROWS, call.precise
+    _delta[grid(triton.cdiv(lse.numel(), DELTA_ROWS))](
+        o, do, dlse, delta, lse.numel(), length, heads, dim, call.head, DELTA_ROWS, call.precise
     )
     dq, dk, dv = (empty_by_token(x) for x in (q, k, v))
     tiles = pick(QUERIES).of(q.dtype, call.head)
-    _queries[(triton.cdiv(length * share, tiles.rows), batch * groups)](
+    _queries[grid(triton.cdiv(length * share, tiles.rows), batch * groups)](
         call.q, call.k, call.v, first, do, lse, delta, dq, *call.strides[:10],
         length, prefix, *scales, *shape, tiles.rows, tiles.keys, *dots,
         tiles.num_stages, num_warps=tiles.num_warps,
@@ -286,7 +289,7 @@ def backward(
     seen = torch.searchsorted(
         first, edges.expand(len(first), -1).contiguous(), right=True, out_int32=True
     )
-    _keys[(triton.cdiv(keys, tiles.keys), batch * groups)](
+    _keys[grid(triton.cdiv(keys, tiles.keys), batch * groups)](
         call.q, call.k, call.v, first, seen, do, lse, delta, dk, dv, *call.strides[:10],
         0 if len(first) == 1 else seen.shape[1], length, prefix, *scales, *shape,
         tiles.rows, tiles.keys, *dots, tiles.num_stages, num_warps=tiles.num_warps,
@@ -300,7 +303,7 @@ def backward(
     )
     far_q, far_k, far_v, far_mask = call.far
     # Few far keys make small products: plain ones, where three of TF32 would spill registers.
-    _far[(lists * parts, batch * groups)](
+    _far[grid(parts, lists, batch * groups)](
         far_q, far_k, far_v, far_mask, do, lse, delta, dfar_q, dfar_k, dfar_v,
         *call.strides[:3], *call.strides[10:], length, count, lists, block, parts, *scales,
         *shape, tiles.rows, tiles.keys, call.precise, "ieee", num_warps=tiles.num_warps,

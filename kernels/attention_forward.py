@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx_layers.kernels.grid import grid, index_of_two
 from longctx_layers.kernels.guard import check_import_name
 from longctx_layers.kernels.target import dot_precision, pick, processors
 
@@ -144,10 +145,11 @@ def _forward(
     FAR: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     FAR_KEYS: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(0) % SPLITS
+    tiles = tl.cdiv(T * SHARE, ROWS)
+    part, row = index_of_two(tiles * SPLITS)
+    split, b, g = part % SPLITS, row // G, row % G
     # The last tiles first: in full attention they have the most to do.
-    tile = tl.num_programs(0) // SPLITS - 1 - tl.program_id(0) // SPLITS
-    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
+    tile = tiles - 1 - part // SPLITS
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < T * SHARE
     t, h, d = row // SHARE, (g * SHARE + row % SHARE).to(tl.int64), tl.arange(0, HEAD)
@@ -218,7 +220,7 @@ def _forward(
     total = tl.where(total == 0, 1, total)
     acc = acc / total[:, None]
     lse = (top + tl.log2(total)) * 0.6931471805599453
-    out = (split * tl.num_programs(1) // G + b).to(tl.int64)
+    out = split * (tl.num_programs(0) // (tiles * SPLITS) // G) + b
     heads = G * SHARE
     tl.store(LSE + (out * heads + h) * T + t, lse, mask=inside)
     _store(O, ((out * T + t) * heads + h)[:, None] * P + d[None, :], acc, inside, d, P, HEAD)
@@ -357,7 +359,7 @@ def forward(
     if splits > 1:
         parts = q.new_empty(splits, batch, length, heads, dim, dtype=precise)
         part_lse = q.new_empty(splits, batch, heads, length, dtype=precise)
-    _forward[(count * splits, batch * k.shape[1])](
+    _forward[grid(count * splits, batch * k.shape[1])](
         call.q, call.k, call.v, first, *call.far, parts, part_lse,
         *call.strides, *call.sizes, scale * math.log2(math.e),
         *call.options, splits, tiles.rows, tiles.keys, FAR_KEYS, call.precise, call.dot,
@@ -365,7 +367,7 @@ def forward(
     )  # fmt: skip
     if splits > 1:
         rows = batch * length * heads
-        _merge[(rows,)](
+        _merge[grid(rows)](
             parts, part_lse, o, lse, rows, length, heads, dim, call.head, splits,
             triton.next_power_of_2(splits),
         )  # fmt: skip

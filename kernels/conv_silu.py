@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx_layers.kernels.grid import grid, index_of_three
 from longctx_layers.kernels.guard import check_import_name
 from longctx_layers.kernels.target import on_its_device
 
@@ -45,10 +46,10 @@ def _convolved(
     WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """The program's row, tokens, where their segments begin, channels; and their convolution."""
-    b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    """The program's row, tile, tokens, their segments' starts, channels; their convolution."""
+    tile, block, b = index_of_three(tl.cdiv(T, TOKENS), tl.cdiv(C, CHANNELS))
+    t = tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     start = tl.load(START + b * T + t, mask=t < T, other=0) if PACKED else t
     y = tl.zeros((TOKENS, CHANNELS), PRECISE)
     for back in tl.static_range(WIDTH):
@@ -56,7 +57,7 @@ def _convolved(
             X, BEFORE, b, t - back, start, t < T, c, T, C, WIDTH, HAS_BEFORE, PACKED, PRECISE
         )
         y += x * tl.load(W + c * WIDTH + (WIDTH - 1 - back), mask=c < C, other=0.0).to(PRECISE)
-    return b, t, start, c, y
+    return b, tile, t, start, c, y
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _forward(
     WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    b, t, start, c, y = _convolved(
+    b, tile, t, start, c, y = _convolved(
         X, W, BEFORE, START, T, C, WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE
     )
     y *= tl.sigmoid(y)
@@ -80,7 +81,7 @@ def _through_silu(
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the convolution's output, and a tile's share of the weights'."""
-    b, t, start, c, y = _convolved(
+    b, tile, t, start, c, y = _convolved(
         X, W, BEFORE, START, T, C, WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE
     )
     gate = tl.sigmoid(y)
@@ -88,7 +89,7 @@ def _through_silu(
     mask = (t < T)[:, None] & (c < C)[None, :]
     inner = tl.load(DY + at, mask=mask, other=0.0).to(PRECISE) * gate * (1 + y * (1 - gate))
     tl.store(INNER + at, inner, mask=mask)
-    tile = b * tl.num_programs(0) + tl.program_id(0)
+    tile += b * tl.cdiv(T, TOKENS)
     for back in tl.static_range(WIDTH):
         x = _input(
             X, BEFORE, b, t - back, start, t < T, c, T, C, WIDTH, HAS_BEFORE, PACKED, PRECISE
@@ -104,9 +105,9 @@ def _gather(
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and of the inputs before it: what the next few tokens read of each."""
-    b = tl.program_id(2).to(tl.int64)
-    source = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS) - (WIDTH - 1)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    tile, block, b = index_of_three(tl.cdiv(T + WIDTH - 1, TOKENS), tl.cdiv(C, CHANNELS))
+    source = tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS) - (WIDTH - 1)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     dx = tl.zeros((TOKENS, CHANNELS), PRECISE)
     for back in tl.static_range(WIDTH):
         t = source + back
@@ -145,7 +146,7 @@ def forward(
     x, weight, before, start = _contiguous(x, weight, before, start)
     (batch, length, channels), y = x.shape, x.new_empty(x.shape)
     blocks, options = _shape(x, weight, before, start)
-    _forward[(triton.cdiv(length, TOKENS), blocks, batch)](
+    _forward[grid(triton.cdiv(length, TOKENS), blocks, batch)](
         x, weight, before, start, y, length, channels, *options, **LAUNCH
     )
     return y
@@ -161,12 +162,12 @@ def backward(
     tiles = triton.cdiv(length, TOKENS)
     inner = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     dweight = inner.new_empty(batch, tiles, width, channels)
-    _through_silu[(tiles, blocks, batch)](
+    _through_silu[grid(tiles, blocks, batch)](
         dy, x, weight, before, start, inner, dweight, length, channels, *options, **LAUNCH
     )
     dx = x.new_empty(x.shape)
     dbefore = x.new_empty(0) if before is None else x.new_empty(before.shape)
-    _gather[(triton.cdiv(length + width - 1, TOKENS), blocks, batch)](
+    _gather[grid(triton.cdiv(length + width - 1, TOKENS), blocks, batch)](
         inner, weight, start, dx, dbefore, length, channels, *options, **LAUNCH
     )
     return dx, dweight.sum((0, 1)).T.to(weight.dtype).contiguous(), dbefore

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx_layers.kernels.grid import grid, index_of_three, index_of_two
 from longctx_layers.kernels.guard import check_import_name
 from longctx_layers.kernels.target import on_its_device
 
@@ -49,8 +50,8 @@ def _tile_ends(
     TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """What each tile hands on from a state of zero, and the product of its decays."""
-    tile, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    tile, block, b = index_of_three(tiles, tl.cdiv(N, CHANNELS))
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
     length = tl.load(LENGTH + b) if PACKED else T
     h = tl.zeros((CHANNELS,), ENDS.dtype.element_ty)
@@ -72,8 +73,8 @@ def _tile_ends(
 @triton.jit
 def _pass_on(ENDS, THROUGH, ENTER, BEFORE, N, tiles, REVERSE: tl.constexpr, CHANNELS: tl.constexpr):
     """The state with which each tile begins (in reverse: ends)."""
-    b = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, b = index_of_two(tl.cdiv(N, CHANNELS))
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
     h = tl.load(ENTER + b * N + d, mask=inside, other=0.0)
     for i in tl.range(0, tiles, loop_unroll_factor=4):
@@ -89,8 +90,8 @@ def _scan(
     INVARIANT: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """All states of a tile; the last tile's is the final one."""
-    tile, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    tile, block, b = index_of_three(tiles, tl.cdiv(N, CHANNELS))
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
     length = tl.load(LENGTH + b) if PACKED else T
     h = tl.load(BEFORE + (b * tiles + tile) * N + d, mask=inside, other=0.0)
@@ -111,8 +112,8 @@ def _scan_back(
     INVARIANT: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of u and of the decays; the first tile's carry is that of the initial state."""
-    tile, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    tile, block, b = index_of_three(tiles, tl.cdiv(N, CHANNELS))
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
     length = tl.load(LENGTH + b) if PACKED else T
     out = (b * tiles + tile) * N + d
@@ -155,11 +156,11 @@ def _entering(
     ends = enter.new_empty(batch, tiles, channels)
     through, before = torch.empty_like(ends), torch.empty_like(ends)
     blocks = triton.cdiv(channels, CHANNELS)
-    _tile_ends[(tiles, blocks, batch)](
+    _tile_ends[grid(tiles, blocks, batch)](
         x, decay, start, length, ends, through, total, channels, tiles,
         reverse, decay.dim() == 1, start is not None, TILE, CHANNELS, **LAUNCH,
     )  # fmt: skip
-    _pass_on[(blocks, batch)](
+    _pass_on[grid(blocks, batch)](
         ends, through, enter, before, channels, tiles, reverse, CHANNELS, **LAUNCH
     )
     return before
@@ -186,7 +187,7 @@ def forward(
     tiles = triton.cdiv(total, TILE)
     before = _entering(u, decay, initial_state, start, length, False)
     h, final = initial_state.new_empty(u.shape), torch.empty_like(initial_state)
-    _scan[(tiles, triton.cdiv(channels, CHANNELS), batch)](
+    _scan[grid(tiles, triton.cdiv(channels, CHANNELS), batch)](
         u, decay, start, length, before, h, final, total, channels, tiles,
         decay.dim() == 1, start is not None, TILE, CHANNELS, **LAUNCH,
     )  # fmt: skip
@@ -210,7 +211,7 @@ def backward(
     before = _entering(dh, decay, dfinal, start, length, True)
     du, dinitial = torch.empty_like(dh), torch.empty_like(initial_state)
     ddecay = dh.new_empty(batch, tiles if invariant else total, channels)
-    _scan_back[(tiles, triton.cdiv(channels, CHANNELS), batch)](
+    _scan_back[grid(tiles, triton.cdiv(channels, CHANNELS), batch)](
         dh, decay, start, length, before, h, initial_state, du, ddecay, dinitial,
         total, channels, tiles, invariant, start is not None, TILE, CHANNELS, **LAUNCH,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx_layers.kernels.grid import grid, index_of_two
 from longctx_layers.kernels.guard import check_import_name
 from longctx_layers.kernels.target import on_its_device
 
@@ -35,8 +36,8 @@ def _forward(
     Z, O, S, WO, WS, Y, tokens, H, P,
     EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head, block = index_of_two(H)
+    row = block * ROWS + tl.arange(0, ROWS)
     p = tl.arange(0, BLOCK)
     at = (row * H + head)[:, None] * P + p
     mask = (row < tokens)[:, None] & (p < P)
@@ -59,7 +60,7 @@ def _backward(
     DY, Z, O, S, WO, WS, DZ, DO, DS, DWO, DWS, tokens, H, P,
     EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, block = index_of_two(H)
     row = block * ROWS + tl.arange(0, ROWS)
     p = tl.arange(0, BLOCK)
     at = (row * H + head)[:, None] * P + p
@@ -82,14 +83,14 @@ def _backward(
     tl.store(DWS + out, tl.sum(to_s * s, 0), mask=p < P)
 
 
-def _shape(z: Tensor, eps: float) -> tuple[tuple[int, int], tuple[Any, ...]]:
-    """The grid, and the last arguments of both kernels."""
+def _shape(z: Tensor, eps: float) -> tuple[int, tuple[Any, ...]]:
+    """Blocks of tokens, and the last arguments of both kernels."""
     batch, length, heads, dim = z.shape
     block = triton.next_power_of_2(dim)
     rows = max(1, ELEMENTS // block)
     precise = tl.float64 if z.dtype == torch.float64 else tl.float32
-    grid = (triton.cdiv(batch * length, rows), heads)
-    return grid, (batch * length, heads, dim, eps, rows, block, precise)
+    tokens = batch * length
+    return triton.cdiv(tokens, rows), (tokens, heads, dim, eps, rows, block, precise)
 
 
 def forward(
@@ -98,8 +99,8 @@ def forward(
     """`[B, T, H, P]` from three of them and two `[H, P]`."""
     z, o, s, weight_o, weight_s = (x.contiguous() for x in (z, o, s, weight_o, weight_s))
     y = z.new_empty(z.shape)
-    grid, shape = _shape(z, eps)
-    _forward[grid](z, o, s, weight_o, weight_s, y, *shape, **LAUNCH)
+    blocks, shape = _shape(z, eps)
+    _forward[grid(z.shape[2], blocks)](z, o, s, weight_o, weight_s, y, *shape, **LAUNCH)
     return y
 
 
@@ -109,10 +110,10 @@ def backward(
     """Gradients of z, o, s, weight_o and weight_s."""
     inputs = [x.contiguous() for x in (dy, z, o, s, weight_o, weight_s)]
     dz, do, ds = (x.new_empty(x.shape) for x in inputs[1:4])
-    grid, shape = _shape(z, eps)
+    blocks, shape = _shape(z, eps)
     precise = torch.promote_types(z.dtype, torch.float32)
-    dw_o, dw_s = (z.new_empty(grid[0], *weight_o.shape, dtype=precise) for _ in range(2))
-    _backward[grid](*inputs, dz, do, ds, dw_o, dw_s, *shape, **LAUNCH)
+    dw_o, dw_s = (z.new_empty(blocks, *weight_o.shape, dtype=precise) for _ in range(2))
+    _backward[grid(z.shape[2], blocks)](*inputs, dz, do, ds, dw_o, dw_s, *shape, **LAUNCH)
     return dz, do, ds, dw_o.sum(0).to(weight_o.dtype), dw_s.sum(0).to(weight_s.dtype)
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx_layers.kernels.grid import grid, index_of_three
 from longctx_layers.kernels.guard import check_import_name
 from longctx_layers.kernels.ssd_configs import CONFIGS
 from longctx_layers.kernels.ssd_forward import blocks, how_to_multiply, states_before
@@ -30,7 +31,7 @@ from longctx_layers.kernels.ssd_tile import (
     reads_late,
     rounded,
     store_tokens,
-    unit_stride,
+    strided,
 )
 from longctx_layers.kernels.target import pick
 
@@ -48,7 +49,7 @@ def _back_to_writes(
     PACKED: tl.constexpr, PENDING: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and dt in a tile; and of the decays between writes and those who read them."""
-    b, batch, h, first, tile = place_of_program(H, P, ROWS)
+    b, batch, h, first, tile = place_of_program(H, tiles, P, ROWS)
     size, parts = tl.cast(H, tl.int64) * P * N, tl.cdiv(P, ROWS)
     t0, i = tile * TOKENS, tl.arange(0, TOKENS)
     long_t0, inside = t0.to(tl.int64), t0 + i < T
@@ -113,8 +114,8 @@ def _back_to_directions(
     """
     PRECISE: tl.constexpr = STATES.dtype.element_ty
     parts: tl.constexpr = (P + ROWS - 1) // ROWS
-    tile, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    b, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    group, tile, b = index_of_three(groups, tiles)
+    batch = (tl.num_programs(0) // (groups * tiles)).to(tl.int64)
     size = tl.cast(H, tl.int64) * P * N
     t0, i = tile * TOKENS, tl.arange(0, TOKENS)
     long_t0, inside = t0.to(tl.int64), t0 + i < T
@@ -127,7 +128,7 @@ def _back_to_directions(
     db = tl.zeros((TOKENS, COLUMNS), PRECISE)
     dc = tl.zeros((TOKENS, COLUMNS), PRECISE)
     for cut in tl.range(group * HEADS * parts, tl.minimum((group + 1) * HEADS, H) * parts):
-        h, first = cut // parts, cut % parts * ROWS
+        h, first = tl.cast(cut // parts, tl.int64), cut % parts * ROWS
         lead, rest, total, total_rest = load_sums(
             SUMS + (b * H + h) * tiles * TOKENS + t0, batch * H * tiles * TOKENS, TOKENS
         )
@@ -184,7 +185,7 @@ def backward(
     until: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, dt, log_decay, B, C and the initial state; see `ssd_forward.forward`."""
-    x, B, C, dy = unit_stride(x), unit_stride(B), unit_stride(C), dy.contiguous()
+    x, B, C, dy = strided(x), strided(B), strided(C), dy.contiguous()
     dt, log_decay, state = dt.contiguous(), log_decay.contiguous(), state.contiguous()
     start, until = (None if z is None else z.contiguous() for z in (start, until))
     (batch, length, heads, dim), directions = x.shape, B.shape[2]
@@ -204,13 +205,13 @@ def backward(
     until_b = 0 if until is None or until.shape[0] == 1 else length + 1
     dx, ddt = x.new_empty(x.shape), dt.new_empty(batch, length, heads, parts)
     ddecay = dt.new_empty(2, batch, length, heads, parts)
-    _back_to_writes[(heads * parts * count, batch)](
+    _back_to_writes[grid(heads * parts, count, batch)](
         x, dt, sums, B, C, start, until, dy, dstates, dx, ddt, ddecay[0],
         *strides, until_b, length, heads, count, *sizes[0], *sizes[1], *flags,
         **tiles.launch(reads=True),
     )  # fmt: skip
     db, dc = (dt.new_empty(batch, length, groups, directions) for _ in range(2))
-    _back_to_directions[(count * groups, batch)](
+    _back_to_directions[grid(groups, count, batch)](
         x, dt, sums, B, C, start, until, dy, states, dstates, db, dc, ddecay[1],
         *strides, until_b, length, heads, count, groups, *sizes[0], HEADS, *sizes[1], *flags,
         **tiles.launch(),

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx_layers.kernels.grid import grid
 from longctx_layers.kernels.guard import check_import_name
 from longctx_layers.kernels.ssd_configs import CONFIGS, Tiles
 from longctx_layers.kernels.ssd_tile import (
@@ -33,7 +34,7 @@ from longctx_layers.kernels.ssd_tile import (
     rounded,
     store_states,
     store_tokens,
-    unit_stride,
+    strided,
 )
 from longctx_layers.kernels.target import dot_precision, pick, target
 
@@ -57,7 +58,7 @@ def _states(
     reverse, the states are gradients, X those of what was read, and B the directions read along.
     """
     PRECISE: tl.constexpr = OUT.dtype.element_ty
-    b, batch, h, first, span = place_of_program(H, P, ROWS)
+    b, batch, h, first, span = place_of_program(H, spans, P, ROWS)
     size, state = tl.cast(H, tl.int64) * P * N, h * P * N
     readable = tl.zeros((ROWS, COLUMNS), PRECISE)
     pending = readable
@@ -121,7 +122,7 @@ def _pass_on(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PENDING: tl.constexpr,
 ):  # fmt: skip
     """In place: from what stands behind each span to what enters it (in reverse: the other way)."""
-    b, batch, h, first, _ = place_of_program(H, P, ROWS)
+    b, batch, h, first, _ = place_of_program(H, 1, P, ROWS)
     size, state = tl.cast(H, tl.int64) * P * N, h * P * N
     readable, pending = load_states(
         ENTER + b * size + state, batch * size, first, P, N, ROWS, COLUMNS, PENDING
@@ -154,7 +155,7 @@ def _scan(
     PACKED: tl.constexpr, PENDING: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Walk a span from the state that enters it, and read; behind the last is the final state."""
-    b, batch, h, first, span = place_of_program(H, P, ROWS)
+    b, batch, h, first, span = place_of_program(H, spans, P, ROWS)
     size, state = tl.cast(H, tl.int64) * P * N, h * P * N
     readable, pending = load_states(
         ENTER + (b * spans + span) * size + state, batch * spans * size,
@@ -204,7 +205,7 @@ def _step(
 ):  # fmt: skip
     """One token: what it reads, and the state behind it."""
     PRECISE: tl.constexpr = FINAL.dtype.element_ty
-    b, batch, h, first, _ = place_of_program(H, P, ROWS)
+    b, batch, h, first, _ = place_of_program(H, 1, P, ROWS)
     size, state = tl.cast(H, tl.int64) * P * N, h * P * N
     readable, pending = load_states(
         STATE + b * size + state, batch * size, first, P, N, ROWS, COLUMNS, PENDING
@@ -279,7 +280,7 @@ def states_before(
     until_b = 0 if until is None or until.shape[0] == 1 else length + 1
 
     def walk(enter: Tensor | None, out: Tensor, through: Tensor | None, every: bool) -> None:
-        _states[(heads * triton.cdiv(dim, rows) * spans, batch)](
+        _states[grid(heads * triton.cdiv(dim, rows), spans, batch)](
             x, dt, sums, B, start, until, enter, out, through, after if every else None,
             *x.stride()[:3], *B.stride()[:2], until_b, length, heads, count, spans,
             dim, directions, reverse, every, tiles.tokens, tiles.span, rows, columns,
@@ -294,7 +295,7 @@ def states_before(
         states, through = new(spans), enter.new_empty(batch, spans, heads)
         walk(None, states, through, False)
         few = max(1, CARRIED // columns)
-        _pass_on[(heads * triton.cdiv(dim, few), batch)](
+        _pass_on[grid(heads * triton.cdiv(dim, few), batch)](
             states, through, until, enter, until_b, length, heads, spans,
             tiles.tokens * tiles.span, dim, directions, reverse, few, columns, until is not None,
             num_warps=4,
@@ -328,7 +329,7 @@ def forward(
         until: `[1 or B, T + 1]`: the writes before which token each one reads, and one behind the
             last would; not before its segment's start, and never falling. None: up to its own.
     """
-    x, B, C = unit_stride(x), unit_stride(B), unit_stride(C)
+    x, B, C = strided(x), strided(B), strided(C)
     dt, log_decay, state = dt.contiguous(), log_decay.contiguous(), state.contiguous()
     start, until = (None if z is None else z.contiguous() for z in (start, until))
     (batch, length, heads, dim), directions = x.shape, B.shape[2]
@@ -338,7 +339,7 @@ def forward(
     if length == 1:
         columns = triton.next_power_of_2(directions)
         rows = max(1, STEPPED // columns)
-        _step[(heads * triton.cdiv(dim, rows), batch)](
+        _step[grid(heads * triton.cdiv(dim, rows), batch)](
             x, dt, log_decay, B, C, start, until, state, y, final,
             x.stride(0), x.stride(2), B.stride(0), C.stride(0), until_b, heads,
             dim, directions, rows, columns, packed, pending, num_warps=4,
@@ -350,7 +351,7 @@ def forward(
     enter = states_before(x, dt, sums, B, start, until, state, tiles)
     count = triton.cdiv(length, tiles.tokens)
     spans = triton.cdiv(count, tiles.span)
-    _scan[(heads * triton.cdiv(dim, rows) * spans, batch)](
+    _scan[grid(heads * triton.cdiv(dim, rows), spans, batch)](
         x, dt, sums, B, C, start, until, enter, y, final,
         *x.stride()[:3], *B.stride()[:2], *C.stride()[:2], until_b, length, heads, count, spans,
         dim, directions, tiles.tokens, tiles.span, rows, columns, packed, pending,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx_layers.kernels.grid import grid, index_of_three
 from longctx_layers.kernels.guard import check_import_name
 
 check_import_name(__name__)
@@ -63,15 +64,15 @@ def rounded(a, b, DOT: tl.constexpr):
 
 
 @triton.jit
-def place_of_program(H, P: tl.constexpr, ROWS: tl.constexpr):
+def place_of_program(H, spans, P: tl.constexpr, ROWS: tl.constexpr):
     """Its row (of how many), head, first row of the head's state, and span.
 
     Heads run fastest, so that programs side by side share what they load of B and C.
     """
     parts = tl.cdiv(P, ROWS)
-    part = tl.program_id(0) % (H * parts)
-    row, rows = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
-    return row, rows, part // parts, part % parts * ROWS, tl.program_id(0) // (H * parts)
+    part, span, row = index_of_three(H * parts, spans)
+    rows = (tl.num_programs(0) // (H * parts * spans)).to(tl.int64)
+    return row, rows, (part // parts).to(tl.int64), part % parts * ROWS, span
 
 
 @triton.jit
@@ -154,14 +155,15 @@ def _sum_decays(
     """Sums of log-decays in base 2 since the tile began, `[2, B, H, tiles * L]`: rounded, and what
     rounding lost. Differences of float32 sums would lose all precision behind a strong decay.
     """
-    tile, b, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    t, h = tile * TOKENS + tl.arange(0, TOKENS), tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    tiles, groups = tl.cdiv(T, TOKENS), tl.cdiv(H, HEADS)
+    tile, group, b = index_of_three(tiles, groups)
+    batch, padded = tl.num_programs(0) // (tiles * groups), tl.cast(tiles, tl.int64) * TOKENS
+    t, h = tile * TOKENS + tl.arange(0, TOKENS), group * HEADS + tl.arange(0, HEADS)
     exist = h < H
     at = DECAY + b * T * H + t.to(tl.int64)[:, None] * H + h[None, :]
     log = tl.load(at, mask=(t < T)[:, None] & exist[None, :], other=0.0)
     sums = tl.cumsum(log.to(tl.float64) * LOG2E, 0)
     lead = sums.to(SUMS.dtype.element_ty)
-    padded = tl.num_programs(0).to(tl.int64) * TOKENS
     out = SUMS + (b * H + h)[None, :] * padded + t[:, None]
     tl.store(out, lead, mask=exist[None, :])
     tl.store(out + batch * H * padded, (sums - lead).to(lead.dtype), mask=exist[None, :])
@@ -270,12 +272,12 @@ def decay_sums(log_decay: Tensor, dtype: torch.dtype, tokens: int) -> Tensor:
     batch, length, heads = log_decay.shape
     tiles, few = triton.cdiv(length, tokens), min(16, triton.next_power_of_2(heads))
     sums = log_decay.new_empty(2, batch, heads, tiles * tokens, dtype=dtype)
-    _sum_decays[(tiles, batch, triton.cdiv(heads, few))](
+    _sum_decays[grid(tiles, triton.cdiv(heads, few), batch)](
         log_decay, sums, length, heads, tokens, few, num_warps=4
     )
     return sums
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """x itself, maybe a view, if its last dimension is contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def strided(x: Tensor) -> Tensor:
+    """x; copied if rows are not contiguous, or too far apart for offsets of 32 bits in a tile."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous()

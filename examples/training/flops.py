@@ -8,8 +8,10 @@ element of a selective state (decay, write, read). Norms, gates and softmaxes ar
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from longctx_layers import BLADE, DPASSM, BigBird, LongContextLM
@@ -62,14 +64,25 @@ def keys_per_query(mixer: AttentionLayer, length: int) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Operations a second of the fastest of a few square matrix products, measured now."""
+    """Operations a second of the fastest matrix product of a linear layer, measured now.
+
+    A layer multiplies `x W^T`, and in the backward pass `dy W` and `dy^T x`. Libraries run these
+    layouts at different speeds, so that a plain `x W` may be slower than what training reaches.
+    """
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    x, weight, dy = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    inputs = x.requires_grad_(), weight.requires_grad_()
+    y = F.linear(*inputs)
+    products = [
+        partial(F.linear, *inputs),
+        *(partial(torch.autograd.grad, y, z, dy, retain_graph=True) for z in inputs),
+    ]
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
+        for product in products:
+            begin = time.perf_counter()
+            product()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best

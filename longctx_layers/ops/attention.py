@@ -150,16 +150,12 @@ def _check(
             expect_dtype(name, x, q.dtype)
 
 
-def _refuse_triton(
-    q: Tensor, k: Tensor, _: Tensor, *, dropout_p: float, scale: float, **__: Any
-) -> str | None:
+def _refuse_triton(q: Tensor, *_: Any, dropout_p: float, scale: float, **__: Any) -> str | None:
     if (reason := triton_support.refuse(q)) is not None:
         return reason
     limit = 256 if q.dtype.itemsize == 2 else 128
     if q.shape[-1] > limit:
         return f"takes head_dim up to {limit} in {q.dtype}, got {q.shape[-1]}"
-    if q.shape[0] * k.shape[1] > 65535:
-        return f"takes up to 65535 rows times key heads, got {q.shape[0] * k.shape[1]}"
     if dropout_p > 0:
         return f"drops no attention weights, got dropout_p = {dropout_p}"
     if scale <= 0:

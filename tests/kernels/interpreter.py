@@ -193,3 +193,37 @@ def interpreted(order: int | None = 0) -> Iterator[Traffic]:
                 for name, value in before.items():
                     if vars(owner).get(name) is not value:
                         setattr(owner, name, value)
+
+
+@contextmanager
+def last_programs(count: int) -> Iterator[list[tuple[int, ...]]]:
+    """Inside `interpreted(None)`: run only the last programs of each grid along x.
+
+    Tensors may then be larger than the memory: pages that nothing touches cost nothing.
+
+    Yields:
+        The grid of each launch.
+    """
+    run, builder = JITFunction.run, InterpreterBuilder
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    grids: list[tuple[int, ...]] = []
+
+    def run_some(self: Any, *args: Any, grid: Any, **kwargs: Any) -> Any:
+        grids.append(grid)
+        return run(self, *args, grid=(min(count, grid[0]), *grid[1:]), **kwargs)
+
+    def set_grid_dim(self: Any, *_: int) -> None:
+        set_dim(self, *grids[-1], *[1] * (3 - len(grids[-1])))
+
+    def set_grid_idx(self: Any, x: int, *rest: int) -> None:
+        set_index(self, grids[-1][0] - 1 - x, *rest)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(JITFunction, "run", run_some))
+        stack.enter_context(patch.object(builder, "set_grid_dim", set_grid_dim))
+        stack.enter_context(patch.object(builder, "set_grid_idx", set_grid_idx))
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            yield grids
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,10 +1,12 @@
 """What one sees of a run, and that its numbers are right."""
 
 import math
+import time
 
 import pytest
 import torch
 from program import SMALL, fit, merged, scalars
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from training.checkpoints import read_checkpoint
 from training.flops import forward_flops, keys_per_query, matmul_peak, training_flops
@@ -106,6 +108,40 @@ def test_six_operations_a_parameter_and_token():
 
 def test_matmul_peak_is_a_speed():
     assert 1e8 < matmul_peak(torch.device("cpu"), torch.float32, seconds=0.01) < 1e15
+
+
+class Products(TorchDispatchMode):
+    """Records the layouts of all matrix products, on a clock on which each layout has its speed.
+
+    Attributes:
+        seconds: of a product, by which of its operands are transposed.
+        seen: dtype and transposed operands of each product so far.
+    """
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.now, self.seen = seconds, 0.0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            transposed = tuple(x.stride(0) == 1 for x in args)
+            self.seen.add((args[0].dtype, transposed))
+            self.now += self.seconds.get(transposed, 8.0)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fast", [(False, True), (False, False), (True, False)])
+def test_no_product_of_a_linear_layer_is_faster_than_the_measured_peak(monkeypatch, fast):
+    linear, x = torch.nn.Linear(6, 5, bias=False), torch.randn(7, 6, requires_grad=True)
+    with Products({fast: 2.0}) as training, torch.autocast("cpu", torch.bfloat16):
+        linear(x).backward(torch.randn(7, 5, dtype=torch.bfloat16))
+    layouts = {(torch.bfloat16, t) for t in [(False, True), (False, False), (True, False)]}
+    assert training.seen == layouts
+    with Products({fast: 2.0}) as measuring:
+        monkeypatch.setattr(time, "perf_counter", lambda: measuring.now)
+        peak = matmul_peak(torch.device("cpu"), torch.bfloat16, seconds=0.01)
+    assert measuring.seen == layouts
+    assert peak == 2 * 1024**3 / 2.0
 
 
 @pytest.mark.parametrize("block", LAYERS)
