@@ -28,6 +28,7 @@ from longctx_layers.model import LongContextLM
 from longctx_layers.ops import explain, use_backend
 from longctx_layers.self_check import selfcheck
 from longctx_layers.sizes import create_model
+from longctx_layers.weight_decay import no_weight_decay, parameter_groups
 
 __version__ = _version("longctx-layers")
 
@@ -45,6 +46,8 @@ __all__ = [
     "select_rows",
     "state_to",
     "create_model",
+    "parameter_groups",
+    "no_weight_decay",
     "ModelConfig",
     "LongContextLM",
     "ops",

@@ -16,8 +16,10 @@ from longctx_layers.block import Block
 from longctx_layers.config import ModelConfig
 from longctx_layers.layers import build_layer
 from longctx_layers.layers.base import draw_weight
+from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.layers.pieces import works_by_token
 from longctx_layers.ops.checks import expect_choice, expect_positive, expect_shape
+from longctx_layers.weight_decay import no_weight_decay
 
 IGNORED_LABEL = -100
 
@@ -43,6 +45,9 @@ class LongContextLM(nn.Module):
     generate = generation.generate
     save_pretrained = pretrained.save_pretrained
     from_pretrained = classmethod(pretrained.from_pretrained)
+    no_weight_decay = no_weight_decay  # by this name timm asks a model
+    # Where a model of transformers contains this one, it reads the name here.
+    _keep_in_fp32_modules_strict = FULL_PRECISION
 
     def __init__(
         self,

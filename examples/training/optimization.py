@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import longctx_layers
 from longctx_layers import LongContextLM
-from longctx_layers.layers.base import HeadNorm
 
 # They ask for a closure, or refuse dense gradients or parameters that are no matrices.
 UNSUITED = {"LBFGS", "SparseAdam", "Muon"}
@@ -42,30 +42,21 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Every parameter once, in groups `decay`, `no_decay` and `gates`.
 
-    Weights of projections, convolutions and the embedding decay; norms, biases and the decays of
-    state spaces (`A_log`, `dt_bias`, `skip`, `log_rate`) do not. Neither do the gates between
-    paths, which have a learning rate of their own, since they are known to train slowly.
+    What decays is what `longctx_layers.parameter_groups` says. The gates between paths, which do
+    not, have a learning rate of their own, since they are known to train slowly.
     """
     gates = {id(p) for module in path_gates(model).values() for p in module.parameters()}
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "gates": []}
-    for module in model.modules():
-        norm = isinstance(module, (nn.RMSNorm, HeadNorm))
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in gates:
-                groups["gates"].append(parameter)
-            else:
-                groups["no_decay" if norm or parameter.dim() < 2 else "decay"].append(parameter)
-    rates = {"decay": learning_rate, "no_decay": learning_rate, "gates": gate_learning_rate}
-    return [
-        {
-            "name": name,
-            "params": parameters,
-            "lr": rates[name],
-            "weight_decay": weight_decay if name == "decay" else 0.0,
+    groups = []
+    for group in longctx_layers.parameter_groups(model, weight_decay=weight_decay):
+        parts = {
+            group["name"]: [p for p in group["params"] if id(p) not in gates],
+            "gates": [p for p in group["params"] if id(p) in gates],
         }
-        for name, parameters in groups.items()
-        if parameters
-    ]
+        for name, parameters in parts.items():
+            rate = gate_learning_rate if name == "gates" else learning_rate
+            if parameters:
+                groups.append({**group, "name": name, "params": parameters, "lr": rate})
+    return groups
 
 
 def path_gates(model: LongContextLM) -> dict[int, nn.Linear]:

@@ -25,6 +25,7 @@ except ImportError as error:
 from longctx_layers.convert.attention import ConvertedAttention, hand_over_segments
 from longctx_layers.convert.families import Site, attention_sites, build_like, find_decoder
 from longctx_layers.layers import layer_options
+from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.ops.checks import expect_positive
 
 RECORD = "longctx_attention"
@@ -102,6 +103,11 @@ def convert_attention(
     record = {"block_type": block_type, "layers": chosen, "dropout": dropout, **options}
     before = getattr(decoder.config, RECORD) if done else []
     setattr(decoder.config, RECORD, [*before, record])
+    # Loading and DeepSpeed read it from the model, which has its own list since its `post_init`.
+    for owner in {model, decoder}:
+        if isinstance(owner, transformers.PreTrainedModel):
+            kept = set(owner._keep_in_fp32_modules_strict or ())
+            owner._keep_in_fp32_modules_strict = kept | set(FULL_PRECISION)
     if not done:
         decoder.register_forward_pre_hook(hand_over_segments, with_kwargs=True)
     return model

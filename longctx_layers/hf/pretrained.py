@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from longctx_layers.hf.config import LongCtxConfig
 from longctx_layers.layers.base import draw_weight
+from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.model import LongContextLM
+from longctx_layers.weight_decay import no_weight_decay
 
 Model = TypeVar("Model", bound="LongCtxPreTrainedModel")
 
@@ -30,6 +32,8 @@ class LongCtxPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
     _supports_context_parallel = False
+    _keep_in_fp32_modules_strict = list(FULL_PRECISION)  # noqa: RUF012
+    no_weight_decay = no_weight_decay  # by this name timm asks a model
 
     def __init__(self, config: LongCtxConfig) -> None:
         super().__init__(config)

@@ -18,6 +18,7 @@ from longctx_layers.layers.checks import (
     check_state,
     is_activation_dtype,
 )
+from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.pieces import by_rows, lengths, may_divide
 from longctx_layers.layers.rotary import RopeScaling, rotary_table, rotate
 from longctx_layers.layers.state import Field, Rows, arrange, tail
@@ -69,8 +70,10 @@ class KeyValueState(NamedTuple):
     segment: Tensor
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(SpecialParameters):
     """RMSNorm of each head with a learned scale `[H, P]`: `[B, T, H, P]` to the same."""
+
+    no_decay = ("weight",)
 
     def __init__(self, n_heads: int, head_dim: int, scale: float = 1.0, **factory: Any) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class HeadNorm(nn.Module):
         return head_norm(x, self.weight).to(x.dtype)
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(SpecialParameters):
     """Base of all layers: `y, state = layer(x, state=None, *, segment_ids=None)`.
 
     A subclass sets `state_type`, describes its state in `fields`, and computes in `mix` what the

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longctx_layers.layers.base import AttentionLayer, HeadNorm, Projection, draw_weight
 from longctx_layers.layers.blade_mlp import MlpUpdate
+from longctx_layers.layers.parameters import Gate
 from longctx_layers.layers.ssm import (
     CONV_WIDTH,
     SelectiveProjection,
@@ -71,6 +72,7 @@ class BLADE(AttentionLayer):
     """
 
     state_type = BLADEState
+    no_decay = ("memory_k", "memory_v")
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class BLADE(AttentionLayer):
         self.mlp: MlpUpdate | None = None
         if state_update == "associative":
             self.state_space = SelectiveProjection(self, state_dim)
-            self.gate_proj = self.linear(d_model, self.n_heads * self.head_dim, bias=True)
+            self.gate_proj = Gate(d_model, self.n_heads * self.head_dim, **self.factory)
             self.norm_o = HeadNorm(self.n_heads, self.head_dim, **self.factory)
             self.norm_r = HeadNorm(self.n_heads, self.head_dim, **self.factory)
         elif state_update == "mlp":

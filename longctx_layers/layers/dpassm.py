@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx_layers.layers.base import HeadNorm, Projection
+from longctx_layers.layers.parameters import Gate
 from longctx_layers.layers.ssm import (
     CONV_WIDTH,
     DiagonalSSM,
@@ -106,7 +107,7 @@ class DPASSM(WindowAttention):
         elif ssm == "diagonal":
             self.state_space = DiagonalSSM(self, ssm_state_dim)
         if ssm is not None:
-            self.gate_proj = self.linear(d_model, self.n_heads * self.head_dim, bias=True)
+            self.gate_proj = Gate(d_model, self.n_heads * self.head_dim, **self.factory)
             scale = 1.0 if fuse == "gate" else 0.0
             self.norm_s = HeadNorm(self.n_heads, self.head_dim, scale, **self.factory)
             if fuse == "gate":

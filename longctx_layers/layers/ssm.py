@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx_layers.layers.base import AttentionLayer
+from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.state import tail
 from longctx_layers.ops import Segments, conv_silu, diagonal_scan
 
@@ -27,13 +28,18 @@ class SelectiveInputs(NamedTuple):
     conv: Tensor
 
 
-class SelectiveProjection(nn.Module):
+class SelectiveProjection(SpecialParameters):
     """`x, B, C = SiLU(conv4(W u))` and `dt = softplus(W_dt u + b_dt)`, as in Mamba-2.
 
     Initial time scales are spread log-uniformly over the heads, from 16 to 16384 tokens.
 
     Source: Dao and Gu, Mamba-2, arXiv 2405.21060.
     """
+
+    no_decay = ("A_log", "dt_bias", "skip")
+    # Logarithms of rates, up to 8 in size: bfloat16 would round the time scales by up to 3 %, and
+    # swallow the steps of an optimizer.
+    full_precision = _keep_in_fp32_modules_strict = ("A_log", "dt_bias")
 
     def __init__(self, layer: AttentionLayer, state_dim: int) -> None:
         super().__init__()
@@ -87,11 +93,13 @@ class SelectiveProjection(nn.Module):
         return torch.addcmul(y, x, self.skip[:, None].to(y.dtype))
 
 
-class DiagonalSSM(nn.Module):
+class DiagonalSSM(SpecialParameters):
     """`h_t = alpha h_{t-1} + W_B u_t`, `s_t = W_C h_t`, alpha a learned constant in (0, 1)^N.
 
     Initial time scales are spread log-uniformly, from 1 to 4096 tokens.
     """
+
+    no_decay = full_precision = _keep_in_fp32_modules_strict = ("log_rate",)
 
     def __init__(self, layer: AttentionLayer, state_dim: int) -> None:
         super().__init__()

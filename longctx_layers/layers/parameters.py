@@ -1,0 +1,136 @@
+"""Parameters that neither weight decay nor low precision may touch, and how they say so."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+# What stays in float32 in a model of any dtype, in the form that transformers asks for.
+FULL_PRECISION = ("state_space.A_log", "state_space.dt_bias", "state_space.log_rate")
+
+
+class SpecialParameters(nn.Module):
+    """Base of modules some of whose own parameters need care.
+
+    The module's class declares them, because attributes of a parameter are lost where it is
+    replaced: by FSDP2, or by a loader that assigns. `longctx_layers.parameter_groups` and
+    transformers' Trainer find the declarations. Where torch keeps the parameter, it also carries
+    `_no_weight_decay = True`, as mamba-ssm's do.
+
+    Attributes:
+        no_decay: names of parameters that weight decay would pull away from what they mean.
+        full_precision: names of parameters that stay in float32 (or float64) when the module is
+            cast or loaded in a lower precision.
+    """
+
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    full_precision: ClassVar[tuple[str, ...]] = ()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; low precision is widened, and the declaration marked on the parameter."""
+        if param is not None and name in self.full_precision:
+            param = _widened(param)
+        super().register_parameter(name, param)
+        self._mark()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._mark()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        declared = [
+            p for name in self.full_precision if (p := self._parameters.get(name)) is not None
+        ]
+        kept = {id(tensor) for p in declared for tensor in (p, p.grad)}
+
+        def careful(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if id(tensor) in kept and new.dtype != tensor.dtype:
+                # From the original: the new one is rounded already.
+                return tensor.to(new.device, precise_dtype(new.dtype))
+            return new
+
+        super()._apply(careful, recurse=False)
+        self._mark()
+        return self
+
+    def _mark(self) -> None:
+        for name in self.no_decay:
+            if (parameter := self._parameters.get(name)) is not None:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        _inform_transformers()
+
+
+class Gate(SpecialParameters, nn.Linear):
+    """The projection that weighs two paths: a linear layer without weight decay."""
+
+    no_decay = ("weight", "bias")
+
+
+def precise_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of full-precision parameters in a module of this dtype; None for the default."""
+    return torch.promote_types(torch.get_default_dtype() if dtype is None else dtype, torch.float32)
+
+
+def declared_no_decay(model: nn.Module, prefix: str = "") -> set[str]:
+    """Names of all parameters in a model that this library's modules declare to take no decay."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(prefix=prefix, remove_duplicate=False)
+        if isinstance(module, SpecialParameters)
+        for name in module.no_decay
+    }
+
+
+def _widened(parameter: nn.Parameter) -> nn.Parameter:
+    dtype = precise_dtype(parameter.dtype)
+    if dtype == parameter.dtype:
+        return parameter
+    wide = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+    vars(wide).update(vars(parameter))
+    return wide
+
+
+def _inform_transformers() -> None:
+    """Let transformers' Trainer see the declarations.
+
+    It decides by the names of parameters and the classes of modules, and asks no model. So its
+    function that lists names gets a wrapper, as soon as a layer exists beside transformers, whose
+    import nobody else has to pay for.
+    """
+    if "transformers" not in sys.modules:
+        return
+    utils: Any = importlib.import_module("transformers.trainer_pt_utils")
+    original = getattr(utils, "get_parameter_names", None)
+    if original is None:
+        warnings.warn(
+            "transformers: expected trainer_pt_utils.get_parameter_names, which this version "
+            "lacks, so its Trainer may decay time scales, gates and norms; pass an optimizer over "
+            "longctx_layers.parameter_groups(model, weight_decay=...)",
+            stacklevel=2,
+        )
+        return
+    if hasattr(original, "honours_declarations"):
+        return
+
+    @functools.wraps(original)
+    def get_parameter_names(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+        quiet = declared_no_decay(model)
+        return [name for name in original(model, *args, **kwargs) if name not in quiet]
+
+    get_parameter_names.honours_declarations = True  # type: ignore[attr-defined]
+    utils.get_parameter_names = get_parameter_names
+    # The Trainer may have been imported before.
+    trainer = sys.modules.get("transformers.trainer")
+    if getattr(trainer, "get_parameter_names", None) is original:
+        trainer.get_parameter_names = get_parameter_names  # type: ignore[union-attr]
