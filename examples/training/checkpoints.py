@@ -1,94 +1,198 @@
-"""Checkpoints that are whole or not there, hold all that a run goes on from, and no code."""
+"""Checkpoint files: written whole or not at all, checked when read; reading runs no code."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import uuid
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from longctx_layers import LongContextLM, ModelConfig, state_to
+from training.folders import StorageError
 
 FOLDER = "checkpoints"
+CALLBACK = "Checkpoints"  # under this name a checkpoint holds the state of training.saving
+
+
+class ResumptionError(ValueError):
+    """A run cannot go on from its checkpoint as it was asked to."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file's place and moves it there; loads tensors and plain values only."""
+    """Writes beside the target and renames; checks, and loads tensors and plain values only."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint: after an interruption there is the old file or the new one."""
+        """Write a checkpoint; after an interruption there is the old file or the new one.
+
+        Raises:
+            StorageError: if the file cannot be written; nothing of it is left.
+        """
         if "://" in str(path):  # an object store, which writes whole objects anyway
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        writer = None
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                torch.save(checkpoint, file)
+                writer = _Writer(file)
+                torch.save(checkpoint, writer)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, target)
+        except (OSError, RuntimeError) as error:
+            failed = error if isinstance(error, OSError) else writer and writer.failed
+            if failed is None:
+                raise
+            partial.unlink(missing_ok=True)  # it may fill the disk
+            raise StorageError(
+                f"checkpoint: could not write {target} ({failed.strerror or failed}). "
+                f"{_kept_in(target.parent)}; make room or allow writing there, or choose another "
+                "--trainer.default_root_dir, and resume with --ckpt_path"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; one that holds any other object is refused."""
+        """Read a checkpoint.
+
+        Raises:
+            ValueError: if it is damaged.
+            pickle.UnpicklingError: if it holds anything but tensors and plain values.
+        """
+        if "://" not in str(path) and Path(path).is_file() and (problem := damage(path)):
+            raise _unfit(path, problem)
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-class Checkpoints(ModelCheckpoint):
-    """Keeps the newest checkpoints of a run, `<default_root_dir>/checkpoints/step=*.ckpt`.
+class _Writer:
+    """Remembers why a write failed: torch hides it behind an error about positions in a file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _kept_in(folder: Path) -> str:
+    intact = next((one.path for one in _by_progress(folder) if damage(one.path) is None), None)
+    return f"The last good checkpoint, {intact}, is kept" if intact else "There is no earlier one"
+
+
+def damage(path: str | os.PathLike[str]) -> str | None:
+    """What is wrong with a file that `torch.save` wrote, in words, or None if it is as written.
+
+    Every record of it has a checksum, which torch itself does not compare when it reads.
+    """
+    if not Path(path).stat().st_size:
+        return "which is empty"
+    try:
+        with zipfile.ZipFile(path) as file:
+            record = file.testzip()
+    except Exception as error:  # a file may hold anything
+        return f"which is cut short, or is no checkpoint ({type(error).__name__})"
+    if record is not None:
+        return f"which has changed since it was written (the checksum of {record} is another)"
+    return None
+
+
+class Facts(NamedTuple):
+    """What a checkpoint says about itself: of which run it is, and of which step."""
+
+    path: Path
+    step: int
+    run: str | None  # None for those written before runs had names
+    modified: int
+    readable: bool = True
+
+
+def facts(path: Path) -> Facts:
+    """The facts of a file, without reading its tensors; of a damaged one those of its name."""
+    modified = path.stat().st_mtime_ns
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        run = found.get("callbacks", {}).get(CALLBACK, {}).get("run")
+        return Facts(path, found["global_step"], run, modified)
+    except Exception:  # a file may hold anything
+        named = re.search(r"step=(\d+)", path.name)
+        return Facts(path, int(named[1]) if named else -1, None, modified, readable=False)
+
+
+def folder_facts(folder: Path) -> list[Facts]:
+    """The facts of every checkpoint in a folder, in no order."""
+    return [facts(path) for path in folder.glob("*.ckpt")]
+
+
+def _by_progress(folder: Path) -> list[Facts]:
+    """The readable checkpoints of the run that wrote last, the one furthest in training first."""
+    found = [one for one in folder_facts(folder) if one.readable]
+    latest = max(found, key=lambda one: one.modified, default=None)
+    own = [one for one in found if latest is not None and one.run == latest.run]
+    # Of two of one step the name without a version comes first.
+    return sorted(own, key=lambda one: (one.step, "-v" not in one.path.stem), reverse=True)
+
+
+def newest_checkpoint(root: str | os.PathLike[str], *, skip_damaged: bool = False) -> Path | None:
+    """The checkpoint furthest in training, of the run that wrote last under a `default_root_dir`.
 
     Args:
-        every_n_steps: Optimizer steps between two checkpoints; one more is written at the end.
-        keep: How many of the newest are kept, -1 for all.
+        root: the `default_root_dir`.
+        skip_damaged: take an older, intact one where the newest is damaged.
+
+    Raises:
+        ValueError: if the newest file is damaged; it names the newest intact one.
     """
-
-    def __init__(self, every_n_steps: int = 500, keep: int = 3) -> None:
-        super().__init__(
-            filename="{step:08d}",
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every_n_steps,
+    folder = Path(root, FOLDER)
+    own = _by_progress(folder)
+    damaged = []
+    for one in folder_facts(folder):
+        # One that may be of this run and ahead of the others, as far as its name and time tell.
+        if not one.readable and (
+            not own
+            or one.modified > own[0].modified
+            or (one.step > own[0].step and one.modified >= min(o.modified for o in own))
+        ):
+            damaged.append(one.path)
+    damaged.sort(reverse=True)
+    intact = None
+    for one in own:
+        if damage(one.path) is None:
+            intact = one.path
+            break
+        damaged.append(one.path)
+    if damaged and not (skip_damaged and intact):
+        remedy = "there is no intact one"
+        if intact is not None:
+            remedy = (
+                f"the newest intact one is {intact}: pass it as --ckpt_path, or "
+                "--checkpoint.skip_damaged=True with --ckpt_path=last"
+            )
+        raise ValueError(
+            f"checkpoint: expected a whole file, got {damaged[0]}, {damage(damaged[0])}; {remedy}"
         )
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle the folder, and remove what a killed run has left half-written."""
-        self.dirpath = os.path.join(trainer.default_root_dir, FOLDER)
-        super().setup(trainer, pl_module, stage)
-        if trainer.is_global_zero:
-            for partial in Path(self.dirpath).glob(".*.ckpt.*"):
-                partial.unlink()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the last one, unless it is there."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    @property
-    def newest(self) -> str:
-        """The path of the newest checkpoint of this run, or an empty string."""
-        return self._last_checkpoint_saved
-
-
-def newest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint that was written last under a `default_root_dir`; each is whole."""
-    found = list(Path(root, FOLDER).glob("*.ckpt"))
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return intact
 
 
 def gather_ranks(state: Any) -> list[Any]:
@@ -111,8 +215,12 @@ def packed_tokenizer(tokenizer: Any) -> dict[str, Tensor]:
         }
 
 
-def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_content(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
     """All that is in a checkpoint of examples/train.py.
+
+    Args:
+        path: the file.
+        mmap: whether tensors are read only when they are used.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -120,15 +228,14 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint: expected a file, got {path}; see logs/checkpoints")
-    if not Path(path).stat().st_size:
-        raise _unfit(path, "which is empty")
+    if problem := damage(path):
+        raise _unfit(path, problem)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file may hold anything
         raise _unfit(
             path,
-            "which is cut short, or holds something other than tensors and plain values "
-            f"({type(error).__name__})",
+            f"which holds something other than tensors and plain values ({type(error).__name__})",
         ) from error
     if not isinstance(found, dict):
         raise _unfit(path, f"which holds a {type(found).__name__}")

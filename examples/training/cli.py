@@ -14,11 +14,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_checkpoint
+from training.checkpoints import (
+    AtomicCheckpointIO,
+    ResumptionError,
+    newest_checkpoint,
+    read_content,
+)
 from training.data import LongContextData
+from training.folders import UNWRITABLE, StorageError
 from training.hardware import settle
 from training.module import LanguageModel, NonFiniteError
 from training.monitoring import Monitor
+from training.saving import Checkpoints
 
 # What Lightning says about choices that are made here on purpose.
 SILENCED = (
@@ -30,6 +37,10 @@ SILENCED = (
     r".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing here works in place
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
 )
+
+
+# Options of the model that say how it is computed, and not what; a resumed run may change them.
+HOW = ("gradient_checkpointing", "compile")
 
 
 class Parser(LightningArgumentParser):
@@ -77,12 +88,49 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find `--ckpt_path=last`."""
         super().parse_arguments(parser, args)
+        self.given = parser.parse_args(args, defaults=False)[self.config.subcommand]
         config = self.config[self.config.subcommand]
-        if config.get("ckpt_path") == "last":
+        path = config.get("ckpt_path")
+        if path == "last":
             root = config.trainer.default_root_dir
-            newest = newest_checkpoint(root)
+            try:
+                newest = newest_checkpoint(root, skip_damaged=config.checkpoint.skip_damaged)
+            except ValueError as error:
+                parser.error(f"--ckpt_path=last: {error}")
             config.ckpt_path = newest and str(newest)
             print(f"--ckpt_path=last: {newest or f'none under {root} yet, so this run begins'}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's options from the checkpoint, and refuse others that were given.
+
+        Lightning's own would replace those that were given without a word.
+        """
+        command = self.config.subcommand
+        path = self.config[command].get("ckpt_path")
+        if not path or path == "hpc" or "://" in path:
+            return
+        try:
+            content = read_content(path, mmap=True)
+        except (OSError, ValueError) as error:
+            self.parser.error(f"--ckpt_path: {error}")
+        saved = {k: v for k, v in content["hyper_parameters"].items() if not k.startswith("_")}
+        self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
+        options = self.config[command].model
+        differing = []
+        for name, value in vars(self.given.get("model", {})).items():
+            if name in HOW:
+                options[name] = value
+            elif value != options[name]:
+                differing.append(f"--model.{name}={value} (the checkpoint has {options[name]})")
+        seed = self.given.get("seed_everything")
+        if type(seed) is int and command == "fit" and seed != content["longctx"]["seed"]:
+            differing.append(f"--seed_everything={seed} (it has {content['longctx']['seed']})")
+        if differing:
+            self.parser.error(
+                f"--ckpt_path={path}: expected the options that the checkpoint was trained with, "
+                f"got {', '.join(differing)}; leave them out of the command line, the --config "
+                "file and the environment, or begin a new run without --ckpt_path"
+            )
 
     def before_instantiate_classes(self) -> None:
         """Settle what depends on the machine."""
@@ -154,3 +202,12 @@ def main() -> None:
         )
     except (NonFiniteError, MisconfigurationException, ConnectionError) as error:
         sys.exit(f"error: {error}")
+    except (ResumptionError, StorageError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        sys.exit(
+            f"error: could not write {error.filename or 'the logs'} ({error.strerror}); make room "
+            "or allow writing there, or choose another --trainer.default_root_dir"
+        )

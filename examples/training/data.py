@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from training import sources
+from training.checkpoints import ResumptionError
 from training.folders import write_once
 from training.loader import (
     Position,
@@ -235,7 +236,8 @@ class LongContextData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         shape = self._shape()
-        self._check_resumption(shape)
+        if self._resumed_order is not None:
+            self.check_order(self._resumed_order)
         if self.streaming:
             held_out = {int(one) for one in self.store.digests}
             rows = StreamedRows(self._source, held_out, self.tokenizer, shape, self.seed)
@@ -277,6 +279,9 @@ class LongContextData(lightning.LightningDataModule):
             "seed": self.seed,
             "carry_state": self.carry_state,
             "streaming": self.streaming,
+            "separate_documents": self.separate_documents,
+            # What a stream holds out it does not train on.
+            "validation_documents": self.validation_documents if self.streaming else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,14 +296,24 @@ class LongContextData(lightning.LightningDataModule):
         self.progress = Progress(position)
         self._resumed_order = state_dict["order"]
 
-    def _check_resumption(self, shape: Shape) -> None:
-        order = self._order(shape)
-        for name, value in (self._resumed_order or order).items():
-            if value != order[name]:
-                raise ValueError(
-                    f"data: the run to resume had {name} {value}, this one has {order[name]}; "
-                    "resume with the same data and options"
-                )
+    def check_order(self, resumed: dict[str, Any]) -> None:
+        """Whether the batches are those of the run to resume; `resumed` is its `order`.
+
+        Raises:
+            ResumptionError: if not; it names the option.
+        """
+        order = self._order(self._shape())
+        for name, value in resumed.items():
+            if value == order[name]:
+                continue
+            if name == "content":
+                had = "other documents or another tokenizer than --data.dataset_name, "
+                had += "dataset_config, text_column and tokenizer give now"
+            else:
+                had = f"{name} {value}, this one has {order[name]}"
+            raise ResumptionError(
+                f"data: the run to resume had {had}; resume with the same data and options"
+            )
 
 
 def default_cache() -> Path:

@@ -25,6 +25,7 @@ from training.curriculum import (
 from training.hardware import shard
 from training.inspection import first_non_finite
 from training.options import block_options, check_blocks, check_numbers
+from training.resumption import check_resumption
 
 
 class NonFiniteError(RuntimeError):
@@ -112,6 +113,8 @@ class LanguageModel(L.LightningModule):
         self.model: LongContextLM | None = None
         self.windows: WindowCurriculum | None = None
         self.seed = torch.initial_seed()
+        self.loaded_step = 0
+        self.begun: int | None = None  # the step that the last batch belongs to
         self.carried: Any = None  # the state behind the last batch, where the data go on from it
         self.totals: Tensor | None = None  # loss and labels since the last step, over all ranks
         self.validation_totals: Tensor | None = None
@@ -194,7 +197,13 @@ class LanguageModel(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.carried = None
 
+    @property
+    def within_step(self) -> bool:
+        """Whether batches were taken whose gradients the optimizer has not seen yet."""
+        return self.begun == self.global_step
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.begun = self.global_step
         # Randomness is a function of the place in the run alone: a resumed run, which has done
         # other things before, draws the same.
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
@@ -284,6 +293,13 @@ class LanguageModel(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         loss = self.validation_totals[0] / self.validation_totals[1].clamp(min=1)
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
+        if self.trainer.state.fn == "validate":
+            self.log("step", float(self.trained_steps))  # by which Lightning's loggers go
+
+    @property
+    def trained_steps(self) -> int:
+        """Optimizer steps of the weights, which a trainer that only validates does not count."""
+        return max(self.global_step, self.loaded_step)
 
     def over_ranks(self, loss: Tensor, labels: Tensor) -> Tensor:
         """`[2]`: the summed loss and the number of labels, of all ranks."""
@@ -298,15 +314,23 @@ class LanguageModel(L.LightningModule):
         checkpoint["longctx"] = {
             "config": self.model.config.to_dict(),
             "tokenizer": packed_tokenizer(self.trainer.datamodule.tokenizer),
+            "tokenizer_fingerprint": self.trainer.datamodule.tokenizer.fingerprint,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             "seed": self.seed,
             "carried": gather_ranks(self.carried),
             "window": self.windows.now if self.windows is not None else None,
+            "within_step": self.within_step,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the seed and this rank's state."""
+        """Take up the seed and this rank's state; before the weights.
+
+        Raises:
+            ResumptionError: if the run cannot go on from it, see `check_resumption`.
+        """
         saved = checkpoint["longctx"]
-        self.seed = saved["seed"]
+        check_resumption(checkpoint, self.trainer)
+        self.seed, self.loaded_step = saved["seed"], checkpoint["global_step"]
         if len(saved["carried"]) == self.trainer.world_size:
             self.carried = saved["carried"][self.global_rank]
         if self.windows is not None and saved["window"] is not None:

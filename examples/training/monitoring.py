@@ -52,7 +52,7 @@ class Monitor(Callback):
         if trainer.is_global_zero and self.plain_lines and not trainer.sanity_checking:
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if "val_" in k}
             line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            print(f"step {trainer.global_step}  {line}", flush=True)
+            print(f"step {pl_module.trained_steps}  {line}", flush=True)
         self._begin()
 
     def on_train_batch_end(
