@@ -2,9 +2,10 @@
 
     python examples/export.py --checkpoint logs/checkpoints/step=00010000.ckpt --output model
 
-The folder gets the model (`config.json`, `model.safetensors`) and the tokenizer's files. One that
-holds another model, or another tokenizer's files, is refused. Before the program ends it loads the
-folder anew and compares the logits.
+The folder gets the model (`config.json`, `model.safetensors`) and the tokenizer's files, as
+transformers reads them, with the end of text at which `generate` stops. One that holds another
+model, or another tokenizer's files, is refused. Before the program ends it loads the folder anew
+and compares the logits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import argparse
 import fnmatch
 import json
 import sys
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -21,11 +23,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from output import write
-from training.checkpoints import read_checkpoint
+from training.checkpoints import packed_tokenizer, read_checkpoint
+from training.tokenization import load_tokenizer
 
 from longctx_layers import LongContextLM, ModelConfig
 
 MODEL_FILES = ("config.json", "model.safetensors")
+GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "*.spm",
@@ -40,7 +44,8 @@ def export(checkpoint: Path, output: Path) -> LongContextLM:
             anything else, or a folder that gives other logits.
         OSError: if the folder cannot be written.
     """
-    model, tokenizer = read_checkpoint(checkpoint)
+    model, saved = read_checkpoint(checkpoint)
+    tokenizer, end_of_text = written_anew(saved)
     taken = sorted(set(tokenizer) & set(MODEL_FILES))
     if taken:
         raise ValueError(f"tokenizer: its files {taken} would replace the model's")
@@ -48,6 +53,7 @@ def export(checkpoint: Path, output: Path) -> LongContextLM:
     model.save_pretrained(output)
     for name, content in tokenizer.items():
         write(output / name, content)
+    add_end_of_text(output, end_of_text)
     loaded = LongContextLM.from_pretrained(output)
     ids = torch.arange(256)[None] * 7919 % model.config.vocab_size
     with torch.no_grad():
@@ -55,6 +61,27 @@ def export(checkpoint: Path, output: Path) -> LongContextLM:
     if difference != 0:
         raise ValueError(f"{output}: its logits differ by {difference} from the checkpoint's")
     return loaded
+
+
+def written_anew(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], int]:
+    """A tokenizer's files as transformers reads them, and its end of text.
+
+    Those in a checkpoint may be of an earlier version, which wrote a tokenizer of bytes otherwise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        tokenizer = load_tokenizer(folder)
+    packed = packed_tokenizer(tokenizer)
+    return {n: bytes(t.tolist()) for n, t in packed.items()}, tokenizer.end_of_text
+
+
+def add_end_of_text(folder: Path, end_of_text: int) -> None:
+    """Name the end of text in the model's config and in that of its generation."""
+    ids = {"eos_token_id": end_of_text}
+    config = json.loads((folder / MODEL_FILES[0]).read_bytes())
+    for name, content in ((MODEL_FILES[0], {**config, **ids}), (GENERATION_FILE, ids)):
+        write(folder / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def check_folder(output: Path, config: ModelConfig, tokenizer: Collection[str]) -> None:

@@ -21,6 +21,7 @@ from training.checkpoints import (
     read_content,
 )
 from training.data import LongContextData
+from training.files import DataError
 from training.folders import UNWRITABLE, StorageError
 from training.hardware import settle
 from training.module import LanguageModel, NonFiniteError
@@ -178,7 +179,8 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Validate the model as it came out, unless that was the last thing done."""
         trainer = self.trainer
-        if trainer.fast_dev_run or not trainer.limit_val_batches or trainer.interrupted:
+        wanted = trainer.limit_val_batches and len(self.datamodule.validation)
+        if trainer.fast_dev_run or not wanted or trainer.interrupted:
             return
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
@@ -200,7 +202,7 @@ def main() -> None:
             parser_kwargs={"default_env": True, "env_prefix": "LONGCTX"},
             auto_configure_optimizers=False,
         )
-    except (NonFiniteError, MisconfigurationException, ConnectionError) as error:
+    except (NonFiniteError, DataError, MisconfigurationException, ConnectionError) as error:
         sys.exit(f"error: {error}")
     except (ResumptionError, StorageError) as error:
         sys.exit(f"error: {error}")

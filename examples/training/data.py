@@ -14,6 +14,8 @@ import torch
 
 from training import sources
 from training.checkpoints import ResumptionError
+from training.files import DataError
+from training.flags import check_interval, settle_stream
 from training.folders import write_once
 from training.loader import (
     Position,
@@ -24,7 +26,13 @@ from training.loader import (
     ValidationLoader,
 )
 from training.packing import Batch, Epoch, Shape
-from training.split import held_out_of_stream, split, training_texts
+from training.split import (
+    check_stored,
+    check_stream,
+    held_out_of_stream,
+    split,
+    training_texts,
+)
 from training.store import LAYOUT, content_key, first_characters, in_memory, prepare
 from training.streaming import StreamedLoader, StreamedRows, of_all_processes
 from training.tokenization import (
@@ -55,7 +63,7 @@ class LongContextData(lightning.LightningDataModule):
             standard library), or the name of any text dataset on the Hugging Face hub.
         dataset_config: the dataset's configuration: for wikitext wikitext-2-raw-v1 (the default),
             wikitext-2-v1, wikitext-103-raw-v1 or wikitext-103-v1; for local the path of a file or
-            folder of text, JSON lines or parquet; for synthetic the number of documents.
+            folder of text, JSON, CSV, Parquet or Arrow; for synthetic the number of documents.
         seq_len: tokens of a row; 8192 unless given.
         max_seq_len: another name of seq_len.
         batch_size: rows of a batch on each process.
@@ -79,6 +87,8 @@ class LongContextData(lightning.LightningDataModule):
     Attributes:
         vocab_size: ids are below it; after `setup`.
         tokenizer: see `training.tokenization.Tokenizer`; after `setup`.
+        begins_pass: whether the batch that training takes is the first of a pass over the data,
+            so that no state goes on from the one before.
 
     Raises:
         ValueError: for an option that cannot be, before any data is touched.
@@ -143,6 +153,7 @@ class LongContextData(lightning.LightningDataModule):
         self.separate_documents = separate_documents
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.progress = Progress()
+        self.begins_pass = True
         self._tokenizer: Tokenizer | None = None
         self._resumed_order: dict[str, Any] | None = None
 
@@ -168,6 +179,7 @@ class LongContextData(lightning.LightningDataModule):
             )
             self.store = in_memory(held_out, tokenizer)
             self.training, self.validation = np.arange(0), np.arange(len(self.store))
+            check_stream(source, {int(one) for one in self.store.digests}, tokenizer)
         else:
             self.store = prepare(
                 self.cache_dir / f"tokens-{self._content}",
@@ -176,6 +188,7 @@ class LongContextData(lightning.LightningDataModule):
                 tokenizer,
             )
             self.training, self.validation = split(self.store, self.seed, self.validation_fraction)
+        check_stored(self.store, training=self.training, validation=self.validation)
         self._tokenizer = tokenizer
 
     def _make_tokenizer(self, source: sources.Source) -> Tokenizer:
@@ -238,18 +251,31 @@ class LongContextData(lightning.LightningDataModule):
         shape = self._shape()
         if self._resumed_order is not None:
             self.check_order(self._resumed_order)
+        self.progress.continues, self.progress.repeats = self.streaming, self._repeats
         if self.streaming:
             held_out = {int(one) for one in self.store.digests}
             rows = StreamedRows(self._source, held_out, self.tokenizer, shape, self.seed)
-            return StreamedLoader(self, rows, **{**self._workers(), "persistent_workers": False})
+            options = {**self._workers(), "persistent_workers": False}
+            return StreamedLoader(self, rows, endless=settle_stream(self.trainer), **options)
         epoch = partial(
             Epoch, self.store, self.training, shape, seed=self.seed, carry_state=self.carry_state
         )
-        return StoredLoader(self, StoredBatches(epoch), **self._workers())
+        loader = StoredLoader(self, StoredBatches(epoch), **self._workers())
+        check_interval(self.trainer, len(loader))
+        return loader
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
-        """Empty without validation documents."""
+        """Empty without validation documents.
+
+        Raises:
+            DataError: if there are none, and the trainer is to do nothing but validate.
+        """
         if not len(self.validation):
+            if self.trainer is not None and self.trainer.state.fn == "validate":
+                raise DataError(
+                    "validation_fraction: expected documents to validate on, got "
+                    f"{self.validation_fraction}, which holds out none; pass more"
+                )
             return []
         epoch = partial(Epoch, self.store, self.validation, self._shape())
         return ValidationLoader(StoredBatches(epoch), **self._workers())
@@ -257,7 +283,11 @@ class LongContextData(lightning.LightningDataModule):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Called by the trainer with each batch that it is about to use."""
         if self.trainer is not None and self.trainer.training:
-            self.progress.taken(limit=self.trainer.num_training_batches)
+            self.begins_pass = not self.progress.position.batch
+            taken = (
+                self.trainer.fit_loop.batch_idx + 2
+            )  # with this one, which it does not count yet
+            self.progress.taken(last=taken >= self.trainer.num_training_batches)
         if not self.separate_documents:
             batch = {**batch, "segment_ids": batch["segment_ids"].clamp(max=0)}
         return batch
@@ -268,6 +298,11 @@ class LongContextData(lightning.LightningDataModule):
     def content(self) -> str:
         """Equal for equal texts in equal tokens; after `setup`."""
         return self._content
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether the trainer wants the same batches in every epoch."""
+        return bool(getattr(self.trainer, "overfit_batches", 0))
 
     def _order(self, shape: Shape) -> dict[str, Any]:
         """What the order of the batches depends on."""
@@ -282,6 +317,7 @@ class LongContextData(lightning.LightningDataModule):
             "separate_documents": self.separate_documents,
             # What a stream holds out it does not train on.
             "validation_documents": self.validation_documents if self.streaming else None,
+            "overfit_batches": self._repeats,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,8 +328,7 @@ class LongContextData(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The next `train_dataloader` starts with the batch that the state says comes next."""
-        position = Position(*(state_dict[field] for field in Position._fields))
-        self.progress = Progress(position)
+        self.progress.load(Position(*(state_dict[field] for field in Position._fields)))
         self._resumed_order = state_dict["order"]
 
     def check_order(self, resumed: dict[str, Any]) -> None:

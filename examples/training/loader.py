@@ -24,18 +24,29 @@ class Progress:
     """The position as training takes batches.
 
     A trainer may fetch a batch before it takes it, so the two are told apart.
+
+    Attributes:
+        continues: whether the trainer's next epoch starts where the last one stopped, and not with
+            the next pass over the data: so that a limit of its batches leaves nothing unseen.
+        repeats: whether every epoch has the batches of the first.
     """
 
     def __init__(self, position: Position | None = None):
         self.position = position or Position()
+        self.continues = self.repeats = False
         self._starts_here = True
         self._following: deque[Position] = deque()
+
+    def load(self, position: Position) -> None:
+        """Start the next epoch at a position."""
+        self.position, self._starts_here = position, True
+        self._following.clear()
 
     def begin(self) -> Position:
         """Start an epoch: where a new or loaded position says, otherwise the next one."""
         self._following.clear()
-        if not self._starts_here and self.position.batch:
-            self.position = Position(self.position.epoch + 1)
+        if not self._starts_here:
+            self._end_epoch()
         self._starts_here = False
         return self.position
 
@@ -43,11 +54,17 @@ class Progress:
         """A batch is ready; once it is taken, `following` is the position."""
         self._following.append(following)
 
-    def taken(self, limit: float = float("inf")) -> None:
-        """The first of the batches that are ready is used; an epoch has no more than `limit`."""
+    def taken(self, last: bool = False) -> None:
+        """The first of the batches that are ready is used; it may be the last of its epoch."""
         if self._following:
             self.position = self._following.popleft()
-        if self.position.batch >= limit:
+        if last:
+            self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        if self.repeats:
+            self.position = Position()
+        elif self.position.batch and not self.continues:
             self.position = Position(self.position.epoch + 1)
 
 
@@ -57,10 +74,11 @@ class TrainingLoader:
     Args:
         data: the data module, which has the `progress`. With a trainer it counts what is taken;
             without one a batch is taken when it is fetched.
+        endless: whether an epoch ends where the trainer says, after any number of passes.
     """
 
-    def __init__(self, data: Any):
-        self.data = data
+    def __init__(self, data: Any, endless: bool = False):
+        self.data, self.endless = data, endless
 
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
         """The batches of an epoch from a position on, each with the position behind it."""
@@ -68,11 +86,16 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         progress = self.data.progress
-        for batch, following in self.batches(progress.begin()):
-            progress.fetched(following)
-            if self.data.trainer is None:
-                progress.taken()
-            yield batch
+        position = progress.begin()
+        while True:
+            for batch, following in self.batches(position):
+                position = Position() if progress.repeats and not following.batch else following
+                progress.fetched(position)
+                if self.data.trainer is None:
+                    progress.taken()
+                yield batch
+            if not self.endless:
+                return
 
     # Lightning asks a loader whether it can be resumed.
     def state_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from training.curriculum import (
     fold,
     stage,
 )
+from training.files import DataError
 from training.hardware import shard
 from training.inspection import first_non_finite
 from training.options import block_options, check_blocks, check_numbers
@@ -194,9 +195,6 @@ class LanguageModel(L.LightningModule):
 
     # ---- Training
 
-    def on_train_epoch_start(self) -> None:
-        self.carried = None
-
     @property
     def within_step(self) -> bool:
         """Whether batches were taken whose gradients the optimizer has not seen yet."""
@@ -208,6 +206,8 @@ class LanguageModel(L.LightningModule):
         # other things before, draws the same.
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(random.Random(f"batch {place}").getrandbits(63))
+        if self.trainer.datamodule.begins_pass:
+            self.carried = None
         if self.windows is not None and self.windows.set(self.global_step):
             self.carried = None  # its cache is as long as the window was
 
@@ -291,7 +291,12 @@ class LanguageModel(L.LightningModule):
         self.validation_totals += self.over_ranks(loss, batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.validation_totals[0] / self.validation_totals[1].clamp(min=1)
+        if not self.validation_totals[1]:
+            raise DataError(
+                "--trainer.limit_val_batches: expected validation batches with tokens to predict, "
+                "these have none; take more batches, or other documents"
+            )
+        loss = self.validation_totals[0] / self.validation_totals[1]
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
         if self.trainer.state.fn == "validate":
             self.log("step", float(self.trained_steps))  # by which Lightning's loggers go

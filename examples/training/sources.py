@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import local, synthetic, wikitext
+from training import local, records, synthetic, wikitext
 from training.hub import from_hub
 from training.store import content_key
 
@@ -40,11 +41,22 @@ class Source:
     validation: Any | None
     fingerprint: str
 
+    def __post_init__(self) -> None:
+        """A validation split without text is none."""
+        if self.validation is not None and next(texts(self.validation), None) is None:
+            warnings.warn(
+                "the dataset's validation split has no text; documents of the training split are "
+                "held out instead",
+                stacklevel=2,
+            )
+            self.validation = None
+
 
 def texts(dataset: Any | None) -> Iterator[str]:
-    """The documents of one of a source's parts."""
+    """The documents of one of a source's parts; null or empty texts are none."""
     for example in dataset or ():
-        yield example["text"]
+        if example["text"]:
+            yield example["text"]
 
 
 def check(name: str, config: str | None) -> None:
@@ -109,51 +121,52 @@ def open_source(
             for path in sorted(root.rglob("*.py"))
             if not NOT_SOURCES & set(path.relative_to(root).parts)
         ]
-        return Source(
-            from_generator(_files, paths=paths, cut=False), None, local.fingerprint(paths, root)
-        )
+        documents = from_generator(local.documents, paths, lone=False)
+        return Source(documents, None, local.fingerprint(paths, root))
     if name == "local":
         return _local(Path(str(config)).expanduser(), text_column)
     return _hub(name, config, text_column, streaming)
 
 
-def from_generator(function: Any, **arguments: Any) -> Any:
-    """An iterable dataset of what a generator of documents yields."""
+def from_generator(function: Any, paths: list[Path] | None = None, **arguments: Any) -> Any:
+    """An iterable dataset of the documents that a generator yields; if given, of each path.
+
+    A resumption skips whole paths.
+    """
     from datasets import Features, IterableDataset, Value
 
+    given = {"function": function, "arguments": arguments}
     return IterableDataset.from_generator(
         _examples,
         features=Features({"text": Value("large_string")}),
-        gen_kwargs={"function": function, "arguments": arguments},
+        gen_kwargs=given if paths is None else {**given, "paths": paths},
     )
 
 
-def _examples(function: Any, arguments: dict[str, Any]) -> Iterator[dict[str, str]]:
-    for text in function(**arguments):
-        yield {"text": text}
+def _examples(
+    function: Any, arguments: dict[str, Any], paths: list[Path] | None = None
+) -> Iterator[dict[str, str]]:
+    for place in [()] if paths is None else [(path,) for path in paths]:
+        for text in function(*place, **arguments):
+            yield {"text": text}
 
 
 def _synthetic(count: int) -> Iterator[str]:
     return synthetic.documents(count)
 
 
-def _files(paths: list[Path], cut: bool) -> Iterator[str]:
-    for path in paths:
-        yield from local.documents(path, cut)
-
-
 def _local(path: Path, text_column: str | None) -> Source:
-    paths, kind = local.find(path)
-    if kind == "text":
-        training = from_generator(_files, paths=paths, cut=path.is_file())
-    else:
-        from datasets import load_dataset
-
-        files = [str(one) for one in paths]
-        dataset = load_dataset(kind, data_files=files, split="train", streaming=True)
-        training = only_text(dataset, text_column)
-    key = content_key(local.fingerprint(paths, path), text_column or "")
-    return Source(training, None, key)
+    opened, keys = {}, [text_column or ""]
+    for name, part in local.parts(path).items():
+        paths, kind = local.find(part)
+        keys += [name, local.fingerprint(paths, part)]
+        if kind == "text":
+            lone = len(paths) == 1
+            opened[name] = from_generator(local.documents, paths, lone=lone)
+        else:
+            column = records.column_of(paths, kind, text_column)
+            opened[name] = from_generator(records.texts_of, paths, kind=kind, column=column)
+    return Source(opened["train"], opened.get("validation"), content_key(*keys))
 
 
 def _hub(name: str, config: str | None, text_column: str | None, streaming: bool) -> Source:
@@ -204,18 +217,18 @@ def only_text(dataset: Any, column: str | None) -> Any:
     if features is None:
         dataset = dataset._resolve_features()
         features = dataset.features
-    strings = [n for n, f in features.items() if getattr(f, "dtype", "") in _STRINGS]
-    if column is None:
-        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column not in strings:
-        raise ValueError(
-            f"text_column: expected one of the columns of strings ({', '.join(strings) or 'none'}),"
-            f" got {column!r}; name one with --data.text_column"
-        )
+    columns = {name: _type_of(feature) for name, feature in features.items()}
+    column = records.choose_column(columns, column, "the dataset")
     dataset = dataset.select_columns([column])
     if column != "text":
         dataset = dataset.rename_column(column, "text")
     return dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
 
 
-_STRINGS = ("string", "large_string")
+def _type_of(feature: Any) -> str:
+    dtype = getattr(feature, "dtype", "")
+    if dtype in ("string", "large_string", "string_view"):
+        return "string"
+    if isinstance(feature, dict) or dtype == "dict":
+        return "an object"
+    return "a list" if isinstance(feature, list) or dtype == "list" else str(dtype)

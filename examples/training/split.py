@@ -5,13 +5,15 @@ Equal documents fall on the same side, whatever their places; nothing is on both
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import islice
 
 import numpy as np
 
+from training.files import DataError
 from training.sources import Source, texts
 from training.store import TokenStore, digest
+from training.tokenization import Tokenizer
 
 
 def ranks(digests: np.ndarray, seed: int) -> np.ndarray:
@@ -39,7 +41,7 @@ def split(store: TokenStore, seed: int, fraction: float) -> tuple[np.ndarray, np
     out. Otherwise about `fraction` of the documents are held out, at least one unless it is 0.
 
     Raises:
-        ValueError: if no document is left to train on.
+        DataError: if no document is left to train on.
     """
     numbers = np.arange(len(store))
     if store.n_train < len(store):
@@ -51,11 +53,16 @@ def split(store: TokenStore, seed: int, fraction: float) -> tuple[np.ndarray, np
         threshold = max(fraction, np.nextafter(rank.min(), 1)) if fraction else 0
         training, validation = numbers[rank >= threshold], numbers[rank < threshold]
     if not len(training):
-        raise ValueError(
-            f"validation_fraction: none of the {len(store)} documents is left to train on; pass "
-            "more than one document, or validation_fraction=0"
-        )
+        raise nothing_to_train_on(f"none of the {len(store):,} documents")
     return training, validation
+
+
+def nothing_to_train_on(what: str) -> DataError:
+    """The error where the validation split takes everything."""
+    return DataError(
+        f"validation_fraction: {what} is left to train on; pass more than one document (equal ones "
+        "fall on the same side), or validation_fraction=0"
+    )
 
 
 def training_texts(source: Source, seed: int, fraction: float) -> Iterator[str]:
@@ -70,18 +77,47 @@ def held_out_of_stream(source: Source, seed: int, fraction: float, count: int) -
     """The first `count` documents of the validation split; what else is in it is trained on.
 
     Raises:
-        ValueError: if no document falls into it, though `fraction` is above 0.
+        DataError: if no document falls into it, though `fraction` is above 0.
     """
     if source.validation is not None:
-        candidates = filter(None, texts(source.validation))
+        candidates = texts(source.validation)
     elif fraction:
-        candidates = (t for t in texts(source.training) if t and is_held_out(t, seed, fraction))
+        candidates = (t for t in texts(source.training) if is_held_out(t, seed, fraction))
     else:
         return []
     found = list(islice(candidates, count))
     if not found:
-        raise ValueError(
+        raise DataError(
             "validation_fraction: no document of the stream falls into the validation split; pass "
             f"more than {fraction}, or 0"
         )
     return found
+
+
+def check_stored(store: TokenStore, **parts: np.ndarray) -> None:
+    """Raise if a part of a store, unless it is empty, has no token that could be predicted."""
+    for name, documents in parts.items():
+        if len(documents) and store.lengths(documents).max() < 2:  # all ends of text
+            raise _nothing_to_predict(name)
+
+
+def check_stream(source: Source, held_out: Container[int], tokenizer: Tokenizer) -> None:
+    """Raise if nothing of a stream is left to train on: read up to the first that is.
+
+    Raises:
+        DataError: if all is held out, or the tokenizer gives no tokens for what is not.
+    """
+    nothing = True
+    for text in texts(source.training):
+        if digest(text) not in held_out:
+            nothing = False
+            if tokenizer.encode(text):
+                return
+    raise nothing_to_train_on("no document") if nothing else _nothing_to_predict("training")
+
+
+def _nothing_to_predict(name: str) -> DataError:
+    return DataError(
+        f"tokenizer: it gives no tokens for any of the {name} documents, so that there is nothing "
+        "to predict; check the documents, or take another tokenizer"
+    )

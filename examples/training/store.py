@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from training.files import DataError
 from training.folders import write_once
 from training.tokenization import Tokenizer
 
-LAYOUT = 1  # raised when the files below change, so that older ones are not read
+LAYOUT = 2  # raised when the files below change, so that older ones are not read
 CHARACTERS_AT_ONCE = 1 << 20  # that are tokenised together
 
 
@@ -101,7 +102,7 @@ def prepare(
                 if not held_out:
                     n_train = len(lengths)
         if not lengths:
-            raise ValueError("expected documents with text in them, found none; check the dataset")
+            raise DataError("expected documents with text in them, found none; check the dataset")
         np.save(partial / "ends.npy", np.cumsum(lengths, dtype=np.int64))
         np.save(partial / "digests.npy", np.array(digests, np.uint64))
         facts = {"dtype": np.dtype(dtype).name, "n_train": n_train}

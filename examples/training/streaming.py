@@ -220,8 +220,15 @@ class StreamedRows(IterableDataset):
 class StreamedLoader(TrainingLoader):
     """Batches of a stream; `options` are those of torch's `DataLoader`."""
 
-    def __init__(self, data: Any, rows: StreamedRows, num_workers: int, **options: Any):
-        super().__init__(data)
+    def __init__(
+        self,
+        data: Any,
+        rows: StreamedRows,
+        num_workers: int,
+        endless: bool = False,
+        **options: Any,
+    ):
+        super().__init__(data, endless)
         self.rows = rows
         self.num_workers = min(num_workers, rows.shape.rows)
         self._loader = torch_loader(

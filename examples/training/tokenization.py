@@ -16,9 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from training.files import DataError
 from training.hub import from_hub
 
 END_OF_TEXT = "<|endoftext|>"
+MARK = "longctx_tokenizer"  # in the config of a tokenizer that is not Hugging Face's
 BPE_VOCAB_SIZE = 4096
 SMALLEST_BPE = 257  # 256 bytes and the end of text
 
@@ -70,8 +72,28 @@ class ByteTokenizer:
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the same tokenizer as transformers reads it, and a mark that it is this one."""
+        from tokenizers import Tokenizer as Fast
+        from tokenizers import decoders, models, pre_tokenizers
+
+        # Byte-level models write each byte as a printable character.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        vocabulary = {chr(byte): byte for byte in printable}
+        vocabulary |= {chr(256 + place): byte for place, byte in enumerate(others)}
+        fast = Fast(models.BPE(vocab=vocabulary, merges=[]))
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        fast.decoder = decoders.ByteLevel()
+        fast.add_special_tokens([END_OF_TEXT])
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "tokenizer_config.json").write_text('{"tokenizer_class": "bytes"}\n')
+        fast.save(str(Path(folder, "tokenizer.json")))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+            MARK: "bytes",
+        }
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class HuggingFaceTokenizer:
@@ -80,8 +102,10 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: Any):
         if tokenizer.eos_token_id is None:
             tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+        _separate_end_of_text(tokenizer)
         self.tokenizer = tokenizer
-        self.vocab_size: int = len(tokenizer)
+        # Not its length: the ids may have holes.
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.end_of_text: int = tokenizer.eos_token_id
         # The tokenizer's file may ask for truncation or padding; and `<|endoftext|>` written out in
         # a document is text like any other.
@@ -109,16 +133,53 @@ class HuggingFaceTokenizer:
         self.tokenizer.save_pretrained(folder)
 
 
+def _separate_end_of_text(tokenizer: Any) -> None:
+    """Give the end of text an id of its own, where it shares that of another token.
+
+    The library tokenizers numbers added tokens by the size of the vocabulary, which is the id of
+    another token where the ids have holes. An id can be chosen in the model's own vocabulary only.
+
+    Raises:
+        DataError: if it cannot be chosen there, or if two other tokens share one.
+    """
+    from tokenizers import Tokenizer as Fast
+
+    end, ids = tokenizer.eos_token, tokenizer.get_vocab()
+    of_id: dict[int, list[str]] = {}
+    for token, number in ids.items():
+        of_id.setdefault(number, []).append(token)
+    if clash := next((one for one in of_id.values() if len(one) > 1 and end not in one), None):
+        raise DataError(
+            f"tokenizer: expected an id for each token, got one for both {' and '.join(clash)}; "
+            "add tokens under ids that are free"
+        )
+    if len(of_id[ids[end]]) == 1:
+        return
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not isinstance(content["model"].get("vocab"), dict):
+        raise DataError(
+            f"tokenizer: expected an id of its own for the end of text {end!r}, got that of "
+            f"{' and '.join(one for one in of_id[ids[end]] if one != end)}; add it under another id"
+        )
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] != end]
+    content["model"]["vocab"][end] = max(of_id) + 1
+    tokenizer._tokenizer = Fast.from_str(json.dumps(content))
+    tokenizer.add_special_tokens({"eos_token": end})
+
+
 def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     """A tokenizer by its name on the hub, or from a folder that `save` wrote.
 
     Raises:
         ConnectionError: for a name, if the hub is out of reach and its cache does not hold it.
-        ValueError: if there is no such tokenizer, or not one that `tokenizers` runs.
+        DataError: if there is no such tokenizer, or not one that `tokenizers` runs.
     """
     config = Path(name, "tokenizer_config.json")
-    if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") == "bytes":
-        return ByteTokenizer()
+    if config.is_file():
+        known = json.loads(config.read_text())
+        # Until version 0.1 the class said it.
+        if "bytes" in (known.get(MARK), known.get("tokenizer_class")):
+            return ByteTokenizer()
     from transformers import AutoTokenizer
 
     def load() -> Any:
@@ -131,13 +192,13 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
             tokenizer = from_hub(load, f"tokenizer {str(name)!r}", "bytes, bpe or a local folder")
     except ConnectionError:
         raise
-    except (OSError, ValueError) as error:
-        raise ValueError(
+    except Exception as error:  # a folder may hold anything, and tokenizers raises bare ones
+        raise DataError(
             f"tokenizer: expected bytes, bpe, bpe:SIZE, a name on the Hugging Face hub or a folder "
             f"with a saved tokenizer, got {str(name)!r}: {error}"
         ) from error
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise DataError(
             f"tokenizer: {str(name)!r} has no tokenizer.json that the library tokenizers can run; "
             "convert it, or use bytes, bpe or another one"
         )
@@ -161,7 +222,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int = BPE_VOCAB_SIZE) -> Hugging
     )
     fast.train_from_iterator(texts, trainer)
     return HuggingFaceTokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END_OF_TEXT)
+        PreTrainedTokenizerFast(
+            tokenizer_object=fast, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+        )
     )
 
 

@@ -138,7 +138,8 @@ class LongCtxConfig(PreTrainedConfig):
         """As transformers has it; also of what `LongContextLM.save_pretrained` wrote."""
         if config_dict.get("format") == FORMAT:
             known = ModelConfig.from_dict(config_dict["model"])
-            config_dict = cls.from_model_config(known).to_dict()
+            special = {n: v for n, v in config_dict.items() if n in FIELDS and n.endswith("_id")}
+            config_dict = cls.from_model_config(known, **special).to_dict()
         return super().from_dict(config_dict, **kwargs)
 
 

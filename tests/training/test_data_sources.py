@@ -138,10 +138,10 @@ def test_json_lines_and_parquet(tmp_path):
 
 def test_local_errors(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="expected text, JSON lines or parquet .* found none"):
+    with pytest.raises(ValueError, match="expected text, JSON, CSV, .* found none"):
         local_texts(tmp_path / "empty")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match=r"picture.png: expected text in UTF-8"):
+    with pytest.raises(ValueError, match=r"picture.png:1: expected text in UTF-8"):
         local_texts(tmp_path / "picture.png")
 
 

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training import hub
+from training.files import DataError
+from training.store import prepare
 from training.tokenization import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -16,7 +18,7 @@ from training.tokenization import (
     load_tokenizer,
     train_bpe,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,92 @@ def test_errors(tmp_path, monkeypatch):
         load_tokenizer("no/such")
     with pytest.raises(ValueError, match="tokenizer: expected bytes, bpe, bpe:SIZE, a name"):
         load_tokenizer(tmp_path)
+
+
+# ---- Vocabularies with holes
+
+
+def saved(folder, vocabulary, **special):
+    fast = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="?", **special).save_pretrained(folder)
+    return folder
+
+
+HOLES = {
+    "own end": ({"?": 0, "one": 1, "two": 12, "</s>": 3}, {"eos_token": "</s>"}),
+    "none, and its id is another's": ({"?": 0, "one": 1, "x": 2, "two": 4, "y": 3}, {}),
+    "none in a hole": ({"?": 0, "one": 1, "x": 2, "two": 4}, {}),
+    "of no entry, and its id is another's": ({"?": 0, "one": 1, "two": 3}, {"eos_token": "</s>"}),
+}
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_every_id_is_below_the_size_and_one_tokens_own(name, tmp_path):
+    vocabulary, special = HOLES[name]
+    tokenizer = load_tokenizer(saved(tmp_path / "first", vocabulary, **special))
+    tokenizer.save(tmp_path / "again")
+    for one in (tokenizer, load_tokenizer(tmp_path / "again")):
+        assert one.encode("one two") == [vocabulary["one"], vocabulary["two"]]
+        assert one.end_of_text not in one.encode("one two ?")
+        assert one.decode([*one.encode("one two"), one.end_of_text]) == "one two"
+        assert one.vocab_size == max(*vocabulary.values(), one.end_of_text) + 1
+        assert one.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(("last", "end", "size"), [(264, 265, 266), (70_000, 264, 70_001)])
+def test_a_bpe_with_holes(tmp_path, bpe, last, end, size):
+    bpe.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    del vocabulary["<|endoftext|>"]  # the first, so that the last has the number of all
+    content["added_tokens"] = []
+    vocabulary[max(vocabulary, key=vocabulary.get)] = last
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    holes = load_tokenizer(tmp_path)
+    text = "words and more words"
+    assert holes.decode([*holes.encode(text), holes.end_of_text]) == text
+    assert (holes.end_of_text, holes.vocab_size) == (end, size)
+
+
+def test_two_other_tokens_must_not_share_an_id(tmp_path):
+    folder = saved(tmp_path, {"?": 0, "one": 1, "two": 3}, pad_token="<pad>")
+    with pytest.raises(DataError, match="one for both (<pad> and two|two and <pad>)"):
+        load_tokenizer(folder)
+
+
+def test_ids_above_the_range_of_16_bits_are_stored(tmp_path):
+    vocabulary = {"?": 0, "one": 1, "two": 70_000, "</s>": 2}
+    tokenizer = load_tokenizer(saved(tmp_path / "t", vocabulary, eos_token="</s>"))
+    store = prepare(tmp_path / "store", ["one two one"], [], tokenizer)
+    assert store.document(0).tolist() == [1, 70_000, 1, 2]
+
+
+def test_a_folder_that_holds_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="tokenizer: expected bytes, bpe, bpe:SIZE, a name"):
+        load_tokenizer(tmp_path)
+    CanineTokenizer().save_pretrained(tmp_path / "slow")
+    with pytest.raises(DataError, match=r"no tokenizer.json that the library tokenizers can run"):
+        load_tokenizer(tmp_path / "slow")
+
+
+# ---- As transformers reads them
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_transformers_reads_what_is_saved(kind, bpe, tmp_path):
+    tokenizer = ByteTokenizer() if kind == "bytes" else bpe
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == tokenizer.end_of_text
+    assert len(theirs) == tokenizer.vocab_size
+    text = "Don 't clean , this .\r\n\t\0é \N{EURO SIGN} \U0001f600" + "".join(map(chr, range(256)))
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_of_bytes_of_an_earlier_version(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "bytes"}')
+    assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)

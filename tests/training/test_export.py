@@ -7,8 +7,10 @@ import pytest
 import torch
 from program import ROOT, SMALL, fit, merged
 from torch.testing import assert_close
-from training.tokenization import load_tokenizer
+from training.tokenization import ByteTokenizer, load_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import longctx_layers.hf  # noqa: F401
 from longctx_layers import LongContextLM
 from longctx_layers.testing import small_model
 
@@ -30,6 +32,7 @@ def test_export(export, tokenizer, tmp_path, monkeypatch, capsys):
     model, text = LongContextLM.from_pretrained("model"), "def f(x): return x"
     ids = load_tokenizer("model").encode(text)
     assert ids == cli.datamodule.tokenizer.encode(text)
+    check_by_transformers("model", cli.datamodule.tokenizer, text)
     trained = cli.model.model.eval()
     with torch.no_grad():
         assert_close(model(torch.tensor([ids])), trained(torch.tensor([ids])))
@@ -59,6 +62,40 @@ def test_export(export, tokenizer, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         export(["--checkpoint", "less.ckpt", "--output", "less"])
     assert "weights and configuration do not fit" in capsys.readouterr().err
+
+
+def check_by_transformers(folder, tokenizer, text):
+    """Its classes read model and tokenizer, and generation stops at the end of text."""
+    model, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    end = tokenizer.end_of_text
+    assert end == model.config.eos_token_id == model.generation_config.eos_token_id
+    assert theirs.eos_token_id == end
+    prompt = theirs(text, return_tensors="pt")
+    assert prompt["input_ids"].tolist() == [tokenizer.encode(text)]
+    assert theirs.decode(prompt["input_ids"][0]) == text
+    weight = model.get_input_embeddings().weight.detach()  # a model that says the end and no more
+    weight.zero_()[end] = 1
+    weight[prompt["input_ids"][0, -1]] = 0.5
+    generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert generated[0, prompt["input_ids"].shape[1] :].tolist() == [end]
+
+
+def test_a_checkpoint_with_a_tokenizer_of_bytes_of_an_earlier_version(export, tmp_path):
+    config = torch.tensor(list(b'{"tokenizer_class": "bytes"}'), dtype=torch.uint8)
+    model = small_model("window", vocab_size=257)
+    longctx = {
+        "config": model.config.to_dict(),
+        "tokenizer": {
+            "tokenizer_config.json": torch.frombuffer(bytearray(config), dtype=torch.uint8)
+        },
+    }
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights, "longctx": longctx}, tmp_path / "old.ckpt")
+    export(["--checkpoint", str(tmp_path / "old.ckpt"), "--output", str(tmp_path / "model")])
+    check_by_transformers(tmp_path / "model", ByteTokenizer(), "text")
 
 
 def contents(folder):
