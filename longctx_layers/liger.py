@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longctx_layers.block import SwiGLU
 from longctx_layers.model import LongContextLM
+from longctx_layers.ops.second_order import twice_differentiable
 
 INSTALLED = util.find_spec("liger_kernel") is not None
 
@@ -19,8 +20,17 @@ _functions: Any = None
 
 
 def _call(name: str, *args: Any, **kwargs: Any) -> Tensor:
-    result: Tensor = getattr(_functions, name)(*args, **kwargs)
+    function = getattr(_functions, name)
+    result: Tensor = twice_differentiable(function, _refuse_second_order, *args, **kwargs)
     return result
+
+
+def _refuse_second_order(*_: Any, **__: Any) -> Tensor:
+    # There is nothing to compute them from: Liger overwrites its inputs with their gradients.
+    raise RuntimeError(
+        "create_graph=True: expected create_graph=False, since Liger-Kernel's functions have no "
+        "second derivatives; differentiate a model without use_liger"
+    )
 
 
 class _Norm(nn.RMSNorm):
@@ -43,7 +53,7 @@ def use_liger(model: LongContextLM) -> LongContextLM:
     """Run a model's norms, feed-forward layers and loss on Liger-Kernel's Triton kernels, in place.
 
     Parameters keep their names, so that checkpoints fit with and without it; a model that is loaded
-    is a plain one, to be given here again.
+    is a plain one, to be given here again. Gradients with `create_graph=True` are refused.
 
     Returns:
         The model itself.

@@ -64,6 +64,16 @@ def test_the_same_model(stand_in):
     assert stand_in["liger_cross_entropy"] > 0
 
 
+def test_second_derivatives_are_refused(stand_in):
+    """Not silently zero, in the call that would have made the graph."""
+    model = liger.use_liger(small_model("window", tie_embeddings=False))
+    ids = torch.randint(13, (2, 20), generator=torch.Generator().manual_seed(0))
+    weight = model.blocks[0].ffn.down_proj.weight
+    for value in (model.loss(ids, ids), model(ids).sum()):
+        with pytest.raises(RuntimeError, match="differentiate a model without use_liger"):
+            torch.autograd.grad(value, weight, create_graph=True)
+
+
 def test_without_it_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(liger, "INSTALLED", False)
     with pytest.raises(ImportError, match=r"longctx-layers\[liger\]"):
