@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -114,6 +114,19 @@ def small_model(
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def rates(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The logarithms of rates in the state spaces of a module, which stay in float32, by name."""
+    names = ("A_log", "dt_bias", "log_rate")
+    return {n: p for n, p in module.named_parameters() if n.rsplit(".", 1)[-1] in names}
+
+
+def parameter_dtypes(module: nn.Module) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    """Of the rates, and of all other parameters."""
+    special = rates(module)
+    others = {p.dtype for name, p in module.named_parameters() if name not in special}
+    return {p.dtype for p in special.values()}, others
 
 
 def assert_within_budget(

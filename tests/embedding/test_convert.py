@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from longctx_layers.convert import ConvertedAttention, convert_attention, load_converted
 from longctx_layers.hf import LongCtxCache
-from longctx_layers.testing import MemoryMeter, assert_within_budget
+from longctx_layers.testing import MemoryMeter, assert_within_budget, parameter_dtypes, rates
 
 WINDOW = 12
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -72,7 +72,7 @@ def test_equals_the_original_within_the_window(family, layers):
 def test_equals_the_original_in_bfloat16(family):
     original, ids = pretrained(family).bfloat16(), ids_of(3, WINDOW)
     model = converted(original)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert parameter_dtypes(model) == ({torch.float32}, {torch.bfloat16})
     assert_same(*[m(ids).logits for m in (model, original, exact(original))])
 
 
@@ -336,7 +336,9 @@ def test_saved_and_loaded(family, tmp_path):
     assert loaded.config.architectures == [type(model).__name__]
     assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
     half = load_converted(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert parameter_dtypes(half) == ({torch.float32}, {torch.bfloat16})
+    exact_rates = rates(loaded).values()
+    assert all(torch.equal(*pair) for pair in zip(rates(half).values(), exact_rates, strict=True))
     # And once more, from what was loaded.
     loaded.save_pretrained(tmp_path / "again")
     again = load_converted(tmp_path / "again")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from longctx_layers import LongContextLM
 from longctx_layers.hf import LongCtxCache, LongCtxConfig, LongCtxForCausalLM
-from longctx_layers.testing import small_model
+from longctx_layers.testing import parameter_dtypes, rates, small_model
 
 tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
@@ -92,10 +92,12 @@ def test_wrapped_model_streams_as_ever() -> None:
 
 @pytest.mark.parametrize("kind", ["bfloat16", torch.float16, torch.float32, "auto"], ids=str)
 def test_dtype_on_loading(kind: Any, tmp_path: Path) -> None:
-    hf_model("dpassm", dtype=torch.float32).save_pretrained(tmp_path)
+    saved = hf_model("dpassm", dtype=torch.float32)
+    saved.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=kind)
     named = {"bfloat16": torch.bfloat16, "auto": torch.float32}.get(kind, kind)
-    assert {p.dtype for p in model.parameters()} == {named}
+    assert parameter_dtypes(model) == ({torch.float32}, {named})
+    assert all(torch.equal(p, rates(saved)[name]) for name, p in rates(model).items())
     assert model(some_ids(1, 9)).logits.isfinite().all()
 
 
