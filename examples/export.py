@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from output import write
+from output import write, write_folder
 from training.checkpoints import packed_tokenizer, read_checkpoint
 from training.tokenization import load_tokenizer
 
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 
 
 def export(checkpoint: Path, output: Path) -> LongContextLM:
-    """Write the folder and check it.
+    """Write the folder and check it; after an error it is as it was, or not there.
 
     Raises:
         FileNotFoundError, ValueError: for a checkpoint that cannot be read, a place that holds
@@ -50,16 +50,17 @@ def export(checkpoint: Path, output: Path) -> LongContextLM:
     if taken:
         raise ValueError(f"tokenizer: its files {taken} would replace the model's")
     check_folder(output, model.config, tokenizer)
-    model.save_pretrained(output)
-    for name, content in tokenizer.items():
-        write(output / name, content)
-    add_end_of_text(output, end_of_text)
-    loaded = LongContextLM.from_pretrained(output)
-    ids = torch.arange(256)[None] * 7919 % model.config.vocab_size
-    with torch.no_grad():
-        difference = (model(ids) - loaded(ids)).abs().max().item()
-    if difference != 0:
-        raise ValueError(f"{output}: its logits differ by {difference} from the checkpoint's")
+    with write_folder(output) as partial:
+        model.save_pretrained(partial)
+        for name, content in tokenizer.items():
+            write(partial / name, content)
+        add_end_of_text(partial, end_of_text)
+        loaded = LongContextLM.from_pretrained(partial)
+        ids = torch.arange(256)[None] * 7919 % model.config.vocab_size
+        with torch.no_grad():
+            difference = (model(ids) - loaded(ids)).abs().max().item()
+        if difference != 0:
+            raise ValueError(f"{output}: its logits differ by {difference} from the checkpoint's")
     return loaded
 
 

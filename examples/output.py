@@ -3,17 +3,77 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all, with its folder.
+
+    Raises:
+        OSError: if it cannot be written; an earlier file is as it was, and nothing else is left.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(partial, path)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    finally:
+        if os.path.lexists(partial):
+            partial.unlink()
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Fill an empty folder; at the end its files are moved to `folder`, whole and all or none.
+
+    A folder that is there keeps its other files. One that is not appears in one step.
+
+    Raises:
+        OSError: if it cannot be written. After this and any other error nothing is left, nor are
+            the parents that had to be made.
+    """
+    made = [p for p in folder.absolute().parents if not p.exists()]  # the deepest first
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Inside a folder that is there: the one around it may be read-only, or of another disk.
+        place = folder if folder.exists() else folder.parent
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=place))
+        yield partial
+        if folder.exists():
+            for path in sorted(partial.iterdir()):
+                os.replace(path, folder / path.name)
+        else:
+            partial.chmod(0o777 & ~_umask())
+            os.rename(partial, folder)
+        made = []
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial)
+        for parent in made:
+            if parent.exists():
+                parent.rmdir()
+
+
+def _umask() -> int:
+    now = os.umask(0)  # which can only be read by setting it
+    os.umask(now)
+    return now
+
+
+def _unwritten(path: Path, error: OSError) -> OSError:
+    return OSError(
+        f"could not write {path} ({error.strerror or error}), and nothing of it is left; make room "
+        "or allow writing there, or choose another place"
+    )
 
 
 def check_targets(folder: Path, names: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION, SAVE_ID = "longctx_layers", 1, "save_id"
+CHECKSUM = "weights_crc32"  # of the weights' whole file
 
 
 def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> None:
     """Write the model's config and weights into a folder, which is made if it is missing.
 
-    Each file is written beside its place and then moved there, so that an interruption leaves
-    either the old file or the new one, and never a part.
+    Both files are written beside their places and then moved there, so that an interruption leaves
+    either the old file or the new one, and never a part. If one cannot be written, both stay as
+    they were.
 
     Args:
         model: the language model; its weights are written in their own dtypes.
@@ -37,6 +40,7 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
 
     Raises:
         TypeError: if an option of a block cannot be written as JSON.
+        OSError: if the folder or a file cannot be written.
     """
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -48,19 +52,29 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
         "model": model.config.to_dict(),
     }
     try:
-        text = json.dumps(content, indent=2) + "\n"
+        json.dumps(content)
     except TypeError as error:
         raise TypeError(
             f"save_pretrained: expected block_kwargs of numbers, strings, lists and dicts, got "
             f"{content['model']['block_kwargs']}; {error}"
         ) from error
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    with _replacing(folder / WEIGHTS_FILE) as path:
-        save_file(weights, path, metadata={SAVE_ID: content[SAVE_ID]})
-    with _replacing(folder / CONFIG_FILE) as path:
-        path.write_text(text, encoding="utf-8")
+    with (
+        _made(folder),
+        _replacing(folder / CONFIG_FILE) as config_path,
+        _replacing(folder / WEIGHTS_FILE) as weights_path,
+    ):
+        try:
+            save_file(weights, weights_path, metadata={SAVE_ID: content[SAVE_ID]})
+        except SafetensorError as error:  # how it reports a full disk, too
+            raise OSError(
+                f"save_pretrained: could not write {folder / WEIGHTS_FILE} ({error}); make room or "
+                "choose another folder"
+            ) from error
+        # safetensors has no checksum of its own.
+        content[CHECKSUM] = _crc32(weights_path)
+        config_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def from_pretrained(
@@ -89,12 +103,18 @@ def from_pretrained(
             "from_pretrained: expected a device that holds weights, got 'meta'; for a model "
             "without weights use LongContextLM(config, device='meta')"
         )
-    config, save_id = _read_config(_existing(folder / CONFIG_FILE))
+    config, save_id, checksum = _read_config(_existing(folder / CONFIG_FILE))
     weights, weights_id = _read_weights(_existing(folder / WEIGHTS_FILE), device)
     if None not in (save_id, weights_id) and save_id != weights_id:
         raise ValueError(
             f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} of one save, got "
             f"{save_id} and {weights_id}; a save was interrupted between them: save the model again"
+        )
+    # Weights without an id were written by another program, after the checksum was.
+    if weights_id is not None and checksum not in (None, _crc32(folder / WEIGHTS_FILE)):
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: expected the checksum {checksum}, which {CONFIG_FILE} has, "
+            "got another; the weights have changed since they were saved: copy or save them again"
         )
     model = cls(config, device="meta")
     _check_fit(weights, model.state_dict(), folder)
@@ -109,6 +129,19 @@ def _library_version() -> str:
         return importlib.metadata.version("longctx-layers")
     except importlib.metadata.PackageNotFoundError:  # imported from a checkout, not installed
         return "unknown"
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    made = [p for p in (folder, *folder.absolute().parents) if not p.exists()]  # the deepest first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            if path.exists() and not any(path.iterdir()):
+                path.rmdir()
+        raise
 
 
 @contextmanager
@@ -140,7 +173,15 @@ def _existing(path: Path) -> Path:
     )
 
 
-def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, str | None, int | None]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not even text
@@ -158,7 +199,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
             f"{content.get('format_version')!r}, written by longctx_layers "
             f"{content.get('library_version')}; install that version or a later one"
         )
-    return ModelConfig.from_dict(content["model"]), content.get(SAVE_ID)
+    return ModelConfig.from_dict(content["model"]), content.get(SAVE_ID), content.get(CHECKSUM)
 
 
 def _read_weights(path: Path, device: torch.device) -> tuple[dict[str, Tensor], str | None]:

@@ -27,6 +27,7 @@ from training.hardware import settle
 from training.module import LanguageModel, NonFiniteError
 from training.monitoring import Monitor
 from training.saving import Checkpoints
+from training.store import DamagedCacheError
 
 # What Lightning says about choices that are made here on purpose.
 SILENCED = (
@@ -204,7 +205,7 @@ def main() -> None:
         )
     except (NonFiniteError, DataError, MisconfigurationException, ConnectionError) as error:
         sys.exit(f"error: {error}")
-    except (ResumptionError, StorageError) as error:
+    except (ResumptionError, StorageError, DamagedCacheError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in UNWRITABLE:

@@ -29,6 +29,10 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+class DamagedCacheError(ValueError):
+    """A folder of the cache is not as it was written."""
+
+
 class TokenStore:
     """Documents one after another, each with the end of text behind it.
 
@@ -45,14 +49,32 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
-        """A store that `prepare` wrote, mapped into memory."""
-        facts = json.loads((folder / "store.json").read_text())
-        store = cls(
-            np.memmap(folder / "tokens.bin", facts["dtype"], mode="r"),
-            np.load(folder / "ends.npy"),
-            np.load(folder / "digests.npy"),
-            facts["n_train"],
-        )
+        """A store that `prepare` wrote, mapped into memory.
+
+        Raises:
+            ValueError: if a file is missing or damaged, or they are not as long as each other says.
+        """
+        try:
+            facts = json.loads((folder / "store.json").read_text())
+            store = cls(
+                np.memmap(folder / "tokens.bin", facts["dtype"], mode="r"),
+                np.load(folder / "ends.npy"),
+                np.load(folder / "digests.npy"),
+                facts["n_train"],
+            )
+        except (FileNotFoundError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise _damaged(folder, str(error)) from error
+        expected, found = len(store), len(store.digests)
+        if (
+            not 0 <= store.n_train <= expected
+            or found != expected
+            or np.any(np.diff(store.ends) < 1)
+        ):
+            raise _damaged(folder, f"an index of {expected} documents that contradicts itself")
+        if len(store.tokens) != store.ends[-1]:
+            raise _damaged(
+                folder, f"{len(store.tokens)} tokens where its index says {store.ends[-1]}"
+            )
         store._folder = folder
         return store
 
@@ -75,6 +97,13 @@ class TokenStore:
         """`[n]` ids of one document, the end of text last."""
         start = self.ends[number - 1] if number else 0
         return self.tokens[start : self.ends[number]]
+
+
+def _damaged(folder: Path, what: str) -> DamagedCacheError:
+    return DamagedCacheError(
+        f"cache: expected whole tokenised data in {folder}, got {what}; remove that folder, and "
+        "the next run tokenises again"
+    )
 
 
 def prepare(

@@ -114,7 +114,7 @@ def test_errors(export, tmp_path, capsys):
         ("other.ckpt", "other.ckpt, which holds state_dict, and nothing of longctx; it is"),
         ("tensor.ckpt", "tensor.ckpt, which holds a Tensor; it is damaged or another program's"),
         ("empty.ckpt", "empty.ckpt, which is empty; it is damaged"),
-        ("text.ckpt", "text.ckpt, which is cut short, or holds something other than tensors"),
+        ("text.ckpt", "text.ckpt, which is cut short, or is no checkpoint"),
         ("climbing.ckpt", "files without a path"),
     ):
         with pytest.raises(SystemExit):
