@@ -185,19 +185,19 @@ class BLADE(AttentionLayer):
         if self.state_space is None:
             none = x.new_zeros(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
             return o.flatten(2), {**kept, "conv": no_conv(x), "readable": none, "pending": none}
-        inputs = self.state_space(x, None if state is None else state.conv, segments)
+        *inputs, conv = self.state_space(x, None if state is None else state.conv, segments)
         r, (readable, pending) = block_ssd(
-            *inputs[:5],
+            *inputs,
             chunk_size=self.chunk_size,
             chunk_shift=shift,
             initial_state=None if state is None else (state.readable, state.pending),
             segments=segments,
         )
         # What a token early in its chunk has of those before it: the convolution's taps.
-        r = self.state_space.add_skip(r, inputs.x)
+        r = self.state_space.add_skip(r, inputs[0])
         z = self.heads(self.gate_proj(x), self.n_heads)
         y = gated_norms(z, o, r, self.norm_o.weight, self.norm_r.weight)
-        kept |= {"conv": inputs.conv, "readable": readable, "pending": pending}
+        kept |= {"conv": conv, "readable": readable, "pending": pending}
         return y.flatten(2), kept
 
     def memory(self, x: Tensor) -> Any:

@@ -163,6 +163,6 @@ class DPASSM(WindowAttention):
             s, h = cast("DiagonalSSM", self.state_space)(x, h, segments)
             return self.heads(s, self.n_heads), no_conv(s), h
         selective = cast("SelectiveProjection", self.state_space)
-        inputs = selective(x, None if state is None else state.conv, segments)
-        s, h = ssd(*inputs[:5], initial_state=h, segments=restarting(segments))
-        return selective.add_skip(s, inputs.x), inputs.conv, h
+        *inputs, conv = selective(x, None if state is None else state.conv, segments)
+        s, h = ssd(*inputs, initial_state=h, segments=restarting(segments))
+        return selective.add_skip(s, inputs[0]), conv, h

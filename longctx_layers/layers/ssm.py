@@ -18,7 +18,10 @@ CONV_WIDTH = 4
 
 
 class SelectiveInputs(NamedTuple):
-    """What `ssd` and `block_ssd` take, and the conv tail for the state."""
+    """What `ssd` and `block_ssd` take, and the conv tail for the state.
+
+    Unpack it, or read its fields: torch 2.8 can't compile a slice of a NamedTuple.
+    """
 
     x: Tensor
     dt: Tensor

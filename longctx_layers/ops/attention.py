@@ -139,7 +139,8 @@ def _check(
         expect_shape("far.k", far.k, (batch, k.shape[1], lists, None, dim), "[B, G, L, F, P]")
         expect_shape("far.v", far.v, tuple(far.k.shape), "[B, G, L, F, P], as far.k")
         expect_shape("far.mask", far.mask, (None, None, length, far.k.shape[3]), "[B, G, T, F]")
-        for size, whole, name in zip(far.mask.shape, k.shape, "BG", strict=False):
+        sizes = far.mask.shape
+        for size, whole, name in ((sizes[0], batch, "B"), (sizes[1], k.shape[1], "G")):
             if size not in (1, whole):
                 raise ValueError(
                     f"far.mask: expected [B or 1, G or 1, T, F] with {name} = {whole}, got "

@@ -192,10 +192,12 @@ def _aligned_blocks(
         readable = readable + pending
     before, _ = tiles.before(readable, added)
     y = read(tiles.C, before, tiles.sums, None).flatten(1, 2)[:, front : front + length]
-    # Exported programs have spare tiles, see `cover`.
+    # Exported programs have spare tiles, see `cover`. In torch 2.8 compiled ones think they are
+    # exported, and an index in brackets would make a graph for each length.
     last = (front + length) // size if torch.compiler.is_exporting() else -1
-    fade = tiles.total[:, last, :, None, None].exp().to(added.dtype)
-    return y, (before[:, last] * fade, added[:, last].clone())  # a view would keep all of `added`
+    fade = tiles.total.select(1, last)[..., None, None].exp().to(added.dtype)
+    kept = added.select(1, last).clone()  # a view would keep all of `added`
+    return y, (before.select(1, last) * fade, kept)
 
 
 def _block_one(

@@ -70,7 +70,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor]:
     from longctx_layers.kernels.diagonal import diagonal_scan as kernel  # imports Triton
 
-    start, length = (None, None) if segments is None else segments[:2]
+    start, length = (None, None) if segments is None else (segments.start, segments.length)
     # The exponential is torch's: an error of the GPU's fast one would grow with the time scale.
     decay = log_decay.to(initial_state.dtype).exp()
     h, final = kernel(u, decay, initial_state, start, length)
