@@ -1,37 +1,31 @@
 """What the interpreted tests of all kernels start from."""
 
 import pytest
-from interpreter import interpreted
 
-from longctx_layers.kernels import (
-    attention_backward,
-    attention_forward,
-    conv_silu,
-    diagonal,
-    gated_norms,
-    ssd_backward,
-    ssd_configs,
-    ssd_forward,
-)
 from longctx_layers.ops import triton_support
 
-# Small programs, so that short inputs have many of them, and edges.
-TILES = {"default": attention_forward.Choices(*[attention_forward.Tiles(16, 16, 4, 1)] * 4)}
-SPANS = {"default": ssd_configs.Choices(*[ssd_configs.Tiles(16, 2, 256, 4, 4)] * 4)}
-SIZES = {
-    attention_forward: {"FORWARD": TILES, "DECODE": TILES},
-    attention_backward: {"QUERIES": TILES, "KEYS": TILES, "FAR": TILES},
-    conv_silu: {"TOKENS": 8, "CHANNELS": 4},
-    diagonal: {"TILE": 16, "CHANNELS": 4},
-    gated_norms: {"ELEMENTS": 32},
-    ssd_backward: {"CONFIGS": SPANS, "HEADS": 3},
-    ssd_forward: {"CONFIGS": SPANS},
-}
+
+class _Refused(pytest.Module):
+    """A module of tests that is not even imported: its imports may need another Triton."""
+
+    def collect(self):
+        oldest = ".".join(map(str, triton_support.MINIMUM))
+        found = ".".join(map(str, triton_support.VERSION)) or "none"
+        pytest.skip(f"the kernels need Triton {oldest} or newer, got {found}")
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Tests of kernels are skipped where the library itself would refuse Triton."""
+    if triton_support.VERSION < triton_support.MINIMUM:
+        return _Refused.from_parent(parent, path=module_path)
+    return None
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Small programs, and Triton's backend accepts CPU tensors."""
+    from sizes import SIZES
+
     monkeypatch.setattr(triton_support, "refuse_device", lambda *_: None)
     for module, sizes in SIZES.items():
         for name, size in sizes.items():
@@ -41,5 +35,7 @@ def small(monkeypatch):
 @pytest.fixture
 def interpret(small):
     """The interpreter runs Triton's kernels, small ones."""
+    from interpreter import interpreted
+
     with interpreted():
         yield

@@ -1,7 +1,8 @@
 """Triton's interpreter, made trustworthy: what it gets silently wrong is repaired or checked.
 
 Inside `interpreted()` every `@triton.jit` kernel runs on CPU tensors, in numpy. Repaired: bf16
-arithmetic, which the interpreter does on bit patterns, and rounding to bf16, which it truncates.
+arithmetic, which the interpreter does on bit patterns, rounding to bf16, which it truncates, and
+the type of comparisons.
 Added: every load and store must lie inside one of the kernel's tensors, programs run in a shuffled
 order, and tensors from `torch.empty` hold NaN.
 """
@@ -127,9 +128,14 @@ def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Cal
     def binary_op(self: Any, a: TensorHandle, b: TensorHandle, operation: Any) -> Any:
         bitwise = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
         if a.dtype.scalar != tl.bfloat16 or operation in bitwise:
-            return binary(self, a, b, operation)
-        result = operation(widened(a), widened(b))
-        return TensorHandle(result if result.dtype == bool else bf16_bits(result), a.dtype.scalar)
+            result = binary(self, a, b, operation)
+        else:
+            data = operation(widened(a), widened(b))
+            data = data if data.dtype == bool else bf16_bits(data)
+            result = TensorHandle(data, tl.bfloat16)
+        # The interpreter labels a comparison with the type of its operands. A scalar one that is
+        # broadcast then becomes integers, which Triton 3.9 refuses as a mask.
+        return TensorHandle(result.data, tl.int1) if result.data.dtype == bool else result
 
     yield builder, "create_dot", create_dot
     yield builder, "cast_impl", cast_impl
