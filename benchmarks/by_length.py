@@ -1,6 +1,6 @@
 """Time, memory and state of every layer and operation, by length: tables, plots and slopes.
 
-    python benchmarks/by_length.py [--lengths 1024 4096 ...] [--output reports/bench]
+    python benchmarks/by_length.py [--lengths 1024 4096 ...] [--publish]
 
 Times are medians of rounds in which all contenders take turns, in one process. Peak memory is
 measured in a process of its own for each number. Linux only.
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
                 what,
                 args.output / f"{kind}_{what}.png",
             )
-        print(page)
+        print(page + f"\nWritten to {args.output}/{kind}.md")
 
 
 if __name__ == "__main__":

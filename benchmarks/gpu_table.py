@@ -1,6 +1,6 @@
 """Milliseconds of operations and layers on a GPU, beside what people would otherwise use.
 
-    python benchmarks/gpu_table.py [--lengths 2048 8192 32768] [--output reports/gpu]
+    python benchmarks/gpu_table.py [--lengths 2048 8192 32768] [--publish]
 
 Medians of rounds in which all contenders take turns, in one process, timed by the GPU's own events.
 Peers: torch's SDPA and FlexAttention, flash-attn, mamba-ssm and fla, where they are installed; each
@@ -16,12 +16,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import LOCAL_OPTIONS
+from output import add_output
 from torch import Tensor
 
 from longctx_layers import LAYERS, build_layer, ops, use_backend
@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("reports/gpu"))
+    add_output(parser, "--output", "gpu")
     return parser.parse_args()
 
 
@@ -225,7 +225,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.output / "table.md").write_text(table(rows, args))
-    print(table(rows, args))
+    print(table(rows, args) + f"\nWritten to {args.output}/")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from common import Shape
+from output import add_output
 
 
 class Timing(NamedTuple):
@@ -111,7 +111,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=60.0, help="no further round after so many, from the third"
     )
     parser.add_argument("--no-memory", action="store_true", help="time alone, which is faster")
-    parser.add_argument("--output", type=Path, default=Path("reports/bench"))
+    add_output(parser, "--output", "bench")
 
 
 def shape_of(args: argparse.Namespace) -> Shape:

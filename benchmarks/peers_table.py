@@ -1,6 +1,6 @@
 """Layers beside other libraries', in turns, in one process: time and peak memory.
 
-    python benchmarks/peers_table.py [--lengths 2048 8192] [--output reports/bench]
+    python benchmarks/peers_table.py [--lengths 2048 8192] [--publish]
 
 Each peer's output and gradient are compared with ours first; one that differs is not timed, and
 what is not installed says so. Linux only.
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     shown = [row for row in rows if not row["name"].startswith(FLOOR)]
     for what in ("time",) if args.no_memory else ("time", "memory"):
         draw(shown, what, args.output / f"peers_{what}.png")
-    print(text)
+    print(text + f"\nWritten to {args.output}/peers.md")
     return rows
 
 

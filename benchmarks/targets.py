@@ -1,6 +1,6 @@
 """What the CPU path must reach, measured: a table of targets, each met or not.
 
-    python benchmarks/targets.py [floor sdpa ...] [--length 8192] [--output reports/bench]
+    python benchmarks/targets.py [floor sdpa ...] [--length 8192] [--publish]
 
 Ratios are of medians of rounds in which the contenders take turns, in one process. Sections that
 are not named keep what the last run that measured them has found.

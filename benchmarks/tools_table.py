@@ -27,7 +27,7 @@ from longctx_layers import DPASSM, create_model
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 from demo import documents, split, stretch, train  # noqa: E402
-from output import write  # noqa: E402
+from output import add_output, write  # noqa: E402
 
 BEGIN, END = "<!-- tools table, begin -->", "<!-- tools table, end -->"
 
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--only", choices=("accuracy", "speed"), help="of the two tables")
     parser.add_argument("--no-compile", action="store_true", help="only what needs no compiler")
-    parser.add_argument("--output", type=Path, default=Path("reports/bench/tools.md"))
+    add_output(parser, "--output", "bench/tools.md")
     parser.add_argument("--page", type=Path, help="also into this page, between its two marks")
     return parser.parse_args(argv)
 

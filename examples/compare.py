@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from compare_report import BLOCKS, draw_lengths, draw_losses, draw_positions, page
-from output import write
+from output import add_output, write
 from reporting.logs import scalars, versions
 from torch import Tensor
 from training.checkpoints import newest_checkpoint, read_checkpoint
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--dataset-name", default="stdlib")
     parser.add_argument("--dataset-config", help="for --dataset-name=local, a path")
     parser.add_argument("--logs", type=Path, default=Path("logs/compare"))
-    parser.add_argument("--output-dir", type=Path, default=Path("reports/compare"))
+    add_output(parser, "--output-dir", "compare")
     args, further = parser.parse_known_args(argv)
     wrong = [flag for flag in further if not flag.startswith(("--model.", "--data.", "--trainer."))]
     if wrong:

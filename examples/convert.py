@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from demo import documents, paired, split, stretch, windows
-from output import write
+from output import add_output, write
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validation-documents", type=int, default=56)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="a file or folder of text, instead of the stdlib")
-    parser.add_argument("--output-dir", type=Path, default=Path("reports/convert"))
+    add_output(parser, "--output-dir", "convert")
     args = parser.parse_args(argv)
     if args.width % 16:
         parser.error(f"--width: expected a multiple of 16, got {args.width}")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from demo_report import draw_loss_curves, draw_positions, page
-from output import write
+from output import add_output, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validation-documents", type=int, default=56)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="a file or folder of text, instead of the stdlib")
-    parser.add_argument("--output-dir", type=Path, default=Path("reports/demo"))
+    add_output(parser, "--output-dir", "demo")
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "sequence_length", "window_size"):
         if getattr(args, name) < 1:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def add_output(parser: argparse.ArgumentParser, flag: str, name: str) -> None:
+    """Where a program writes: `runs/NAME` unless told otherwise, `reports/NAME` with `--publish`.
+
+    Git ignores `runs/` and tracks `reports/`, so no run changes a committed page by accident.
+    """
+    dest = flag.strip("-").replace("-", "_")
+    ignored, tracked = Path("runs", name), Path("reports", name)
+    parser.add_argument(flag, dest=dest, type=Path, default=ignored, help=f"default: {ignored}")
+    parser.add_argument(
+        "--publish",
+        dest=dest,
+        action="store_const",
+        const=tracked,
+        help=f"the same as {flag} {tracked}: renew the committed page",
+    )
 
 
 def write(path: Path, content: str | bytes) -> None:

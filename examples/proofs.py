@@ -4,7 +4,8 @@
 
 Every run is one model from one seed. Its result is kept in OUTPUT_DIR/runs as soon as it is
 there, and the same command again does what is missing: an interruption costs one run. After each
-run docs/results.md is written anew from the results that there are.
+run the page is rewritten from the results that exist. That is runs/proofs/results.md; `--publish`
+continues the committed results in reports/proofs and rewrites docs/results.md.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from evaluation.drift_proof import drift_rows
 from evaluation.models import build
 from evaluation.proofs_plan import BLOCKS, SEEDS, Depths, Drift, Run, plan
 from evaluation.task_training import train
-from output import write
+from output import add_output, write
 from proofs_report import write_report
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ from longctx_layers import LongContextLM
 from longctx_layers.evals import Mqar, evaluate
 
 TOKENS, MOST, FEWEST = 262_144, 256, 32
+PAGE = Path("docs/results.md")  # the committed one
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,10 +45,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", choices=BLOCKS, default=tuple(BLOCKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--minutes", type=float, help="begin no run after that many minutes")
-    parser.add_argument("--output_dir", type=Path, default=Path("reports/proofs"))
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    add_output(parser, "--output_dir", "proofs")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help=f"default: results.md in OUTPUT_DIR, and {PAGE} with --publish",
+    )
     parser.add_argument("--logs", type=Path, default=Path("logs/proofs"), help="for the models")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.page is None:
+        published = args.output_dir == Path("reports/proofs")
+        args.page = PAGE if published else args.output_dir / "results.md"
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

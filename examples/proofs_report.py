@@ -1,4 +1,4 @@
-"""docs/results.md and its pictures, from the results of examples/proofs.py that there are."""
+"""The page of examples/proofs.py and its pictures, from the results that exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from output import write
 HEAD = f"""\
 # What the layers remember
 
-Written by `make proofs` (examples/proofs.py) from the results in `reports/proofs/runs`; no number
+Written by `make proofs` (examples/proofs.py) from the results in `{{results}}`; no number
 is written by hand. Small models, trained and measured on a CPU: two layers of width 64, windows and
 chunks of {WINDOW} tokens, 128,000 parameters within 1 % whatever the block (the feed-forward width
 makes up for what a block has less). Two stacked windows reach {REACH} tokens back. What is asked
@@ -30,7 +30,7 @@ questions), and then one question as it is measured, since the first of several,
 becomes a relay for the others. Every seed that ran is printed; the median is what is judged.
 **State zeroed**: the recurrent state is emptied at the question, and once {REACH} tokens
 before it, so that the keys and values in sight come from a model that had nothing to remember.
-[evaluation.md](evaluation.md) says what the tasks are.
+[evaluation.md]({{evaluation}}) says what the tasks are.
 """
 
 
@@ -45,7 +45,8 @@ def write_report(folder: Path, page: Path) -> None:
     if not results:
         return
     there = os.path.relpath(folder, page.parent)
-    parts = [HEAD]
+    evaluation = os.path.relpath("docs/evaluation.md", page.parent)
+    parts = [HEAD.format(results=(folder / "runs").as_posix(), evaluation=evaluation)]
     for section in (passkey, copying, associative, drifting):
         name, text, pictures = section(results)
         if not text:

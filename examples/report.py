@@ -1,7 +1,7 @@
 """A report on a checkpoint that people read: one HTML file, and Markdown with pictures.
 
     python examples/report.py --checkpoint_path logs/checkpoints/step=00000200.ckpt \\
-        --output_dir reports/
+        --output_dir runs/report
 
 The checkpoint is one of examples/train.py, or a folder that `save_pretrained` wrote. `--compare`
 lays further ones beside it. docs/reports.md says what is in a report and where it comes from.
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint_path", "--pretrained_model", type=Path, required=True, help="file or folder")
     add("--compare", type=Path, nargs="+", default=[], help="further ones, to lay beside it")
-    add("--output_dir", type=Path, default=Path("reports"))
+    add("--output_dir", type=Path, default=Path("runs/report"), help="default: runs/report")
     add("--logs", type=Path, help="of the training, if they are not beside the checkpoint")
     add("--results", type=Path, nargs="+", help="--output_dir of examples/evaluate.py, one or each")
     add("--dataset_name", help="for held-out text; by default the training's own data")

@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from output import write
+from output import add_output, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and state")
     parser.add_argument("--text", type=Path, help="file whose bytes are the tokens, over and over")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("reports/stream"))
+    add_output(parser, "--output-dir", "stream")
     args = parser.parse_args(argv)
     for name in ("piece", "decode"):
         if getattr(args, name) < 1:

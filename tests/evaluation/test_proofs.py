@@ -38,7 +38,7 @@ def small_plan(seeds):
 
 def test_runs_are_kept_and_the_page_is_written(few, tmp_path, monkeypatch):
     monkeypatch.setattr(proofs, "plan", small_plan)
-    main(["--seeds", "0"])
+    main(["--seeds", "0", "--publish"])
     files = {path.stem: path for path in (tmp_path / "reports/proofs/runs").iterdir()}
     assert set(files) == {
         "passkey-dpassm-0", "depths-dpassm-0", "copy_recall-blade-0", "mqar-vanilla-n8-0",
@@ -63,8 +63,19 @@ def test_runs_are_kept_and_the_page_is_written(few, tmp_path, monkeypatch):
     for name in ("passkey_by_length.png", "mqar_by_state.png"):
         assert (tmp_path / "reports/proofs" / name).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(proofs, "carry_out", lambda *_: pytest.fail("done again"))
-    main(["--seeds", "0"])
+    main(["--seeds", "0", "--publish"])
     assert (tmp_path / "docs/results.md").read_text() == page
+
+
+def test_committed_results_are_left_alone_by_default(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(proofs, "plan", lambda seeds: small_plan(seeds)[:1])
+    main(["--seeds", "0"])
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "logs"}
+    page = (tmp_path / "runs/proofs/results.md").read_text()
+    assert "results in `runs/proofs/runs`" in page
+    assert "[evaluation.md](../../docs/evaluation.md)" in page
+    assert "(./passkey_by_length.png)" in page
+    assert (tmp_path / "runs/proofs/passkey_by_length.png").is_file()
 
 
 def test_time_limit_stops_before_a_run(monkeypatch, capsys):
@@ -77,7 +88,7 @@ def test_time_limit_stops_before_a_run(monkeypatch, capsys):
 def test_changed_runs_are_done_again(few, tmp_path, monkeypatch):
     monkeypatch.setattr(proofs, "plan", lambda seeds: small_plan(seeds)[:1])
     main(["--seeds", "0"])
-    path = tmp_path / "reports/proofs/runs/passkey-dpassm-0.json"
+    path = tmp_path / "runs/proofs/runs/passkey-dpassm-0.json"
     first = json.loads(path.read_text())["key"]
     longer = Recipe(steps=3, length=256, tokens=256, longest=1)
     changed = Run("passkey", "dpassm", 0, longer, (256,))

@@ -1,11 +1,13 @@
-"""Write `docs/kernels.md` and the baseline of the hot loops: `python tests/kernels/table.py`.
+"""A page about the kernels, and the lengths of their hot loops: `python tests/kernels/table.py`.
 
 What the compiler makes of every launch on every target, and what the kernels move and compute as
 counted by the interpreter, beside the least that the operation needs. No GPU is used or measured.
+Writes `runs/kernels/`; with `--publish` docs/kernels.md, and the baseline of `test_ahead.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -176,15 +178,28 @@ def baseline() -> dict[str, dict[str, dict[str, list[int]]]]:
     return found
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--publish", action="store_true", help="renew the committed files")
+    args = parser.parse_args(argv)
+    folder = ROOT / "runs/kernels"
+    args.page, args.baseline = folder / "kernels.md", folder / "baseline.json"
+    if args.publish:
+        args.page, args.baseline = ROOT / "docs/kernels.md", BASELINE
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     found = {"triton": triton.__version__, "loops": baseline()}
-    BASELINE.write_text(json.dumps(found, indent=1) + "\n")
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    args.baseline.write_text(json.dumps(found, indent=1) + "\n")
     text = HEAD.format(
         version=triton.__version__, torch=torch.__version__, targets=", ".join(TARGETS)
     )
     text += compiled_tables() + traffic_table()
-    (ROOT / "docs").mkdir(exist_ok=True)
-    (ROOT / "docs/kernels.md").write_text(text)
+    args.page.write_text(text)
+    print(f"Written to {args.page} and {args.baseline}")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def test_sparse_attention_of_one_token(target, head_dim):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("launch", [launch for launch in launches.REPRESENTATIVE if launch.fast])
 def test_hot_loops_stay_as_short_as_they_were(target, launch):
-    """Within 5 % of `baseline.json`, which `python tests/kernels/table.py` writes anew."""
+    """Within 5 % of `baseline.json`, which `make kernels PUBLISH=1` renews."""
     baseline = json.loads(launches.BASELINE.read_text())
     if baseline["triton"] != triton.__version__:
         pytest.skip(f"the baseline is of Triton {baseline['triton']}")
