@@ -1,6 +1,7 @@
 """What every test starts from: hypothesis profiles and the number of torch's threads."""
 
 import os
+from importlib import metadata
 
 import pytest
 import torch
@@ -11,6 +12,24 @@ from hypothesis import settings
 settings.register_profile("fast", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("slow", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("fast")
+
+# Whatever the tests' results depend on: what they passed with is in every log.
+PACKAGES = """
+torch triton transformers peft accelerate lightning datasets tokenizers lm_eval torchao bitsandbytes
+x-transformers einops safetensors numpy
+""".split()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def pytest_report_header() -> str:
+    return "versions: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+
 
 # Parallel tests already use every core; torch's own threads on top would only fight over them.
 if "PYTEST_XDIST_WORKER" in os.environ:
