@@ -14,10 +14,7 @@ settings.register_profile("slow", deadline=None, max_examples=500, print_blob=Tr
 settings.load_profile("fast")
 
 # Whatever the tests' results depend on: what they passed with is in every log.
-PACKAGES = """
-torch triton transformers peft accelerate lightning datasets tokenizers lm_eval torchao bitsandbytes
-x-transformers einops safetensors numpy
-""".split()
+PACKAGES = ("torch", "triton", "transformers", "peft", "lightning", "datasets", "lm_eval", "numpy")
 
 
 def _version(name: str) -> str:
