@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx_layers.layers import AttentionLayer
-from longctx_layers.layers.base import draw_weight
+from longctx_layers.layers.base import draw_linear, mark_drawn
 
 
 class SwiGLU(nn.Module):
@@ -27,12 +27,14 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(d_model, ffn_dim, bias=False, device=device, dtype=dtype)
         self.up_proj = nn.Linear(d_model, ffn_dim, bias=False, device=device, dtype=dtype)
         self.down_proj = nn.Linear(ffn_dim, d_model, bias=False, device=device, dtype=dtype)
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            linear.first_scale = 1.0  # type: ignore[assignment]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as the layers do theirs."""
         for linear in (self.gate_proj, self.up_proj, self.down_proj):
-            draw_weight(linear.weight)
+            draw_linear(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
@@ -69,11 +71,13 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(d_model, norm_eps, device=device, dtype=dtype)
         self.ffn = SwiGLU(d_model, ffn_dim, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
+        mark_drawn(self)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, each part in its own way."""
         for part in (self.mixer_norm, self.mixer, self.ffn_norm, self.ffn):
             part.reset_parameters()
+        mark_drawn(self)
 
     def forward(
         self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None

@@ -15,7 +15,7 @@ from longctx_layers import generation, pretrained
 from longctx_layers.block import Block
 from longctx_layers.config import ModelConfig
 from longctx_layers.layers import build_layer
-from longctx_layers.layers.base import draw_weight
+from longctx_layers.layers.base import draw_linear, draw_weight, mark_drawn
 from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.layers.pieces import works_by_token
 from longctx_layers.ops.checks import expect_choice, expect_positive, expect_shape
@@ -74,6 +74,8 @@ class LongContextLM(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(width, config.vocab_size, bias=False, **where)
         self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
+        for projection in self._into_residual():
+            projection.first_scale = (2 * len(self.blocks)) ** -0.5
         self._init_ends()
 
     def reset_parameters(self) -> None:
@@ -92,10 +94,18 @@ class LongContextLM(nn.Module):
         # Both ends of the model and of each branch; the rest has initialised itself.
         draw_weight(self.embedding.weight)
         if self.head is not None:
-            draw_weight(self.head.weight)
-        for block in self._blocks():
-            for projection in (block.mixer.o_proj, block.ffn.down_proj):
-                draw_weight(projection.weight, scale=(2 * len(self.blocks)) ** -0.5)
+            draw_linear(self.head)
+        for projection in self._into_residual():
+            draw_linear(projection)
+        mark_drawn(self)
+
+    def _into_residual(self) -> list[nn.Linear]:
+        """The projections whose outputs are summed in the residual stream."""
+        return [
+            linear
+            for block in self._blocks()
+            for linear in (block.mixer.o_proj, block.ffn.down_proj)
+        ]
 
     def forward(
         self,

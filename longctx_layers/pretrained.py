@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx_layers.config import ModelConfig
+from longctx_layers.layers.base import mark_drawn
 
 if TYPE_CHECKING:
     from longctx_layers.model import LongContextLM
@@ -119,6 +120,7 @@ def from_pretrained(
     model = cls(config, device="meta")
     _check_fit(weights, model.state_dict(), folder)
     model.load_state_dict(weights, assign=True)
+    mark_drawn(model)
     if dtype is not None:
         model.to(dtype)
     return model.eval()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longctx_layers.hf.config import LongCtxConfig
-from longctx_layers.layers.base import draw_weight
+from longctx_layers.layers.base import draw_linear, draw_own, draw_weight, mark_drawn
 from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.model import LongContextLM
 from longctx_layers.weight_decay import no_weight_decay
@@ -41,9 +41,6 @@ class LongCtxPreTrainedModel(PreTrainedModel):
         # With a head of its own, which transformers ties, resizes and places on a device.
         self.model = LongContextLM(replace(shape, tie_embeddings=False))
         self.model.config = shape
-        if self.model.embedding.weight.device.type != "meta":
-            for parameter in self.parameters():  # drawn by the model itself: not again
-                cast("Any", parameter)._is_hf_initialized = True
         self.post_init()
 
     @classmethod
@@ -81,6 +78,7 @@ class LongCtxPreTrainedModel(PreTrainedModel):
             weights["head.weight"] = weights["embedding.weight"]
         made.model.load_state_dict(weights, assign=True)
         made.tie_weights()
+        mark_drawn(made)
         made.model.gradient_checkpointing = model.gradient_checkpointing
         return cast("Model", made.train(model.training))
 
@@ -94,26 +92,21 @@ class LongCtxPreTrainedModel(PreTrainedModel):
             del weights["head.weight"]
         native = LongContextLM(self.model.config, device="meta")
         native.load_state_dict(weights, assign=True)
+        mark_drawn(native)
         native.gradient_checkpointing = self.model.gradient_checkpointing
         return native.train(self.training)
 
     # ---- Weights: first values, embeddings
 
     @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Draw the weights that a checkpoint lacked, as the model draws its own."""
-        given = {p for p in self.parameters() if getattr(p, "_is_hf_initialized", False)}
-        if len(given) == len(list(self.parameters())):
-            return
-        kept = [(parameter, parameter.clone()) for parameter in given]
-        self.model.reset_parameters()
-        for parameter, value in kept:
-            parameter.copy_(value)
-
     def _init_weights(self, module: nn.Module) -> None:
-        # Of resized embeddings and heads.
-        if isinstance(module, (nn.Embedding, nn.Linear)):
+        """Draw what one module holds itself: what a checkpoint lacked, or a resized embedding."""
+        if isinstance(module, nn.Embedding):
             draw_weight(module.weight)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif not draw_own(module) and isinstance(module, nn.Linear):
+            draw_linear(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of token ids."""

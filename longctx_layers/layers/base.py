@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,58 @@ def draw_weight(weight: Tensor, scale: float = 1.0) -> None:
     Source: LeCun et al., Efficient BackProp, 1998.
     """
     nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
+
+
+def draw_linear(linear: nn.Linear) -> None:
+    """Draw a projection: its weight with the `first_scale` that its owner gave it; bias zero."""
+    draw_weight(linear.weight, getattr(linear, "first_scale", 1.0))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def draw_own(module: nn.Module) -> bool:
+    """Draw the parameters that a module of this library holds itself, without those of its parts.
+
+    Returns:
+        False for the modules of others, which are left as they are.
+    """
+    if isinstance(module, nn.Linear) and hasattr(module, "first_scale"):
+        draw_linear(module)
+        return True
+    draw = getattr(module, "draw_own", None)
+    if draw is not None:
+        draw()
+    return draw is not None
+
+
+# Transformers replaces the functions of torch.nn.init where it draws weights itself.
+_NORMAL = nn.init.normal_
+
+
+def already_drawn(parameter: Tensor) -> bool:
+    """Whether transformers is drawing what a checkpoint lacked, and this parameter was loaded."""
+    return nn.init.normal_ is not _NORMAL and getattr(parameter, "_is_hf_initialized", False)
+
+
+def set_first(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter its first value, unless it is `already_drawn`.
+
+    The functions of `torch.nn.init` need no such check: transformers guards them.
+    """
+    if not already_drawn(parameter):
+        parameter.copy_(value)
+
+
+def mark_drawn(module: nn.Module) -> None:
+    """Mark weights as initialised, so that no later `init_weights` of transformers redraws them.
+
+    Nothing is marked on the meta device, where there are no values, or where transformers draws
+    weights itself, and marks them.
+    """
+    if nn.init.normal_ is not _NORMAL or any(p.is_meta for p in module.parameters()):
+        return
+    for part in module.modules():
+        part._is_hf_initialized = True  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -80,7 +132,7 @@ class HeadNorm(SpecialParameters):
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(n_heads, head_dim, **factory))
 
-    def reset_parameters(self) -> None:
+    def draw_own(self) -> None:
         """Set the scale to its first value."""
         nn.init.constant_(self.weight, self.scale)
 
@@ -173,19 +225,26 @@ class AttentionLayer(SpecialParameters):
             self.q_norm = HeadNorm(1, head_dim, **self.factory)
             self.k_norm = HeadNorm(1, head_dim, **self.factory)
 
-    def linear(self, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-        """A projection with the layer's device and dtype."""
-        return nn.Linear(inputs, outputs, bias=bias, **self.factory)
+    def linear(
+        self, inputs: int, outputs: int, bias: bool = False, scale: float = 1.0
+    ) -> nn.Linear:
+        """A projection with the layer's device and dtype; `scale` is what `draw_weight` takes."""
+        linear = nn.Linear(inputs, outputs, bias=bias, **self.factory)
+        linear.first_scale = scale  # type: ignore[assignment]
+        return linear
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: projections by `draw_weight`; biases zero."""
+        """Draw all parameters anew: projections by `draw_linear`, the rest by `draw_own`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                draw_weight(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif module is not self and hasattr(module, "reset_parameters"):
-                cast("Any", module).reset_parameters()
+                draw_linear(module)
+            elif module is not self:
+                draw_own(module)
+        self.draw_own()
+        mark_drawn(self)
+
+    def draw_own(self) -> None:
+        """Draw the parameters that the layer holds itself, which most layers have none of."""
 
     def fields(self) -> dict[str, Field]:
         """The tensors of this layer's state."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longctx_layers.layers.base import AttentionLayer, HeadNorm, Projection, draw_weight
+from longctx_layers.layers.base import AttentionLayer, HeadNorm, Projection
 from longctx_layers.layers.blade_mlp import MlpUpdate
 from longctx_layers.layers.parameters import Gate
 from longctx_layers.layers.ssm import (
@@ -130,14 +130,8 @@ class BLADE(AttentionLayer):
             self.memory_v = nn.Parameter(torch.empty(shape, **self.factory))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew; the gate begins with equal weight for both paths."""
-        super().reset_parameters()
-        if self.state_update == "associative":
-            nn.init.zeros_(self.gate_proj.weight)
-        elif self.mlp is not None:
-            # A weak loop over the chunks: at gains above 1 the state would grow without bound.
-            draw_weight(self.mlp.inject.weight, scale=0.5)
+    def draw_own(self) -> None:
+        """Draw the memory tokens."""
         if self.n_memory_tokens:
             nn.init.normal_(self.memory_k)
             nn.init.zeros_(self.memory_v)

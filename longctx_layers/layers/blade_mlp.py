@@ -24,7 +24,8 @@ class MlpUpdate(nn.Module):
 
     def __init__(self, layer: BLADE, state_dim: int) -> None:
         super().__init__()
-        self.inject = layer.linear(state_dim, layer.d_model)
+        # A weak loop over the chunks: at gains above 1 the state would grow without bound.
+        self.inject = layer.linear(state_dim, layer.d_model, scale=0.5)
         self.hidden = layer.linear(layer.n_heads * layer.head_dim, state_dim, bias=True)
         self.out = layer.linear(state_dim, state_dim, bias=True)
 

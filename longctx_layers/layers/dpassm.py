@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longctx_layers.layers.base import HeadNorm, Projection
 from longctx_layers.layers.parameters import Gate
@@ -113,12 +113,6 @@ class DPASSM(WindowAttention):
             if fuse == "gate":
                 self.norm_o = HeadNorm(self.n_heads, self.head_dim, **self.factory)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew; the gate begins with equal weight for both paths."""
-        super().reset_parameters()
-        if self.ssm is not None:
-            nn.init.zeros_(self.gate_proj.weight)
 
     def fields(self) -> dict[str, Field]:
         channels = 0

@@ -72,9 +72,10 @@ class SpecialParameters(nn.Module):
 
 
 class Gate(SpecialParameters, nn.Linear):
-    """The projection that weighs two paths: a linear layer without weight decay."""
+    """The projection that weighs two paths: without weight decay, and zero at first."""
 
     no_decay = ("weight", "bias")
+    first_scale = 0.0
 
 
 def precise_dtype(dtype: torch.dtype | None) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx_layers.layers.base import AttentionLayer
+from longctx_layers.layers.base import AttentionLayer, already_drawn, set_first
 from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.state import tail
 from longctx_layers.ops import Segments, conv_silu, diagonal_scan
@@ -55,7 +55,7 @@ class SelectiveProjection(SpecialParameters):
         self.skip = nn.Parameter(torch.empty(self.n_heads, **layer.factory))
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def draw_own(self) -> None:
         """Draw the convolution and the steps anew, and set the time scales and the skip."""
         bound = CONV_WIDTH**-0.5
         nn.init.uniform_(self.conv, -bound, bound)
@@ -63,8 +63,10 @@ class SelectiveProjection(SpecialParameters):
         dt = dt.uniform_(math.log(1e-3), math.log(1e-1)).exp()
         scale = torch.logspace(math.log10(16), math.log10(16384), self.n_heads, device=dt.device)
         # softplus inverted; and 1 / (exp(A_log) dt) = scale.
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        self.A_log.copy_(-torch.log(scale * dt))
+        set_first(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        if already_drawn(self.dt_bias):
+            dt = F.softplus(self.dt_bias.float())  # loaded: the time scales must fit it
+        set_first(self.A_log, -torch.log(scale * dt))
         nn.init.ones_(self.skip)
 
     @property
@@ -111,11 +113,11 @@ class DiagonalSSM(SpecialParameters):
         self.log_rate = nn.Parameter(torch.empty(state_dim, **layer.factory))
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def draw_own(self) -> None:
         """Set the time scales; the projections are the layer's affair."""
         rate = self.log_rate
         scale = torch.logspace(0, math.log10(4096), len(rate), device=rate.device)
-        rate.copy_(-torch.log(scale))  # alpha = exp(-exp(log_rate)) = exp(-1 / scale)
+        set_first(rate, -torch.log(scale))  # alpha = exp(-exp(log_rate)) = exp(-1 / scale)
 
     def forward(
         self, u: Tensor, initial: Tensor | None, segments: Segments | None

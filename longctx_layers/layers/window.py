@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx_layers.layers.base import AttentionLayer, Projection
+from longctx_layers.layers.base import AttentionLayer, Projection, set_first
 from longctx_layers.layers.state import Field
 from longctx_layers.ops import FarKeys, Segments
 from longctx_layers.ops.checks import expect_count, expect_positive
@@ -50,12 +50,14 @@ class WindowAttention(AttentionLayer):
         if n_global_tokens:
             self.global_k_proj, self.global_v_proj = deepcopy(self.k_proj), deepcopy(self.v_proj)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew; the global projections begin as copies of the local ones."""
         super().reset_parameters()
         if self.global_k_proj is not None and self.global_v_proj is not None:
-            self.global_k_proj.load_state_dict(self.k_proj.state_dict())
-            self.global_v_proj.load_state_dict(self.v_proj.state_dict())
+            for copy, own in ((self.global_k_proj, self.k_proj), (self.global_v_proj, self.v_proj)):
+                for parameter, value in zip(copy.parameters(), own.parameters(), strict=True):
+                    set_first(parameter, value)
 
     def fields(self) -> dict[str, Field]:
         shape = (self.n_global_tokens, self.n_kv_heads, self.head_dim)
