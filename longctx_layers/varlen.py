@@ -8,7 +8,7 @@ attention_mask  [B, T], 0 at pads and 1 elsewhere
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,6 @@ from torch import Tensor
 
 from longctx_layers.generation import PAD_SEGMENT
 from longctx_layers.ops.checks import expect_count, expect_shape
-
-# The arguments of a call, by transformers' names, that do nothing but tell documents apart.
-DOCUMENTS = ("segment_ids", "seq_idx", "cu_seq_lens_q")
 
 
 class CuSeqlens(NamedTuple):
@@ -90,27 +87,43 @@ def cu_seqlens_from_segment_ids(segment_ids: Tensor) -> CuSeqlens:
     return CuSeqlens(bounds.to(torch.int32), longest, index)
 
 
-def segment_ids_from_position_ids(position_ids: Tensor, held: Tensor | None = None) -> Tensor:
+def segment_ids_from_position_ids(
+    position_ids: Tensor, held: Tensor | None = None, attention_mask: Tensor | None = None
+) -> Tensor:
     """Number the documents of each row: a new one begins wherever positions do not go up by one.
+
+    Only real tokens are compared. Pads between two tokens of a document may count as positions or
+    not: both conventions are in use.
 
     Args:
         position_ids: `[B, T]` integers.
         held: `[B]` integers, the ids of the segments that the rows' states are in, negative for
-            none: they go on, unless their first position here is 0. None for rows that begin.
+            none: they continue, unless the first real token here has position 0. None for rows
+            that begin.
+        attention_mask: `[B, T]`, 0 at pads, whose positions mean nothing. None without pads.
 
     Returns:
-        `[B, T]` int64; the ids go up from the held ones, or from 0.
+        `[B, T]` int64; the ids go up from the held ones, or from 0; -1 at pads.
 
     Raises:
         ValueError, TypeError: for a shape or dtype that does not fit.
     """
     _check_rows("position_ids", position_ids)
-    begins = torch.zeros_like(position_ids, dtype=torch.int64)
-    begins[:, 1:] = position_ids.diff(dim=1) != 1
-    if held is None:
-        return begins.cumsum(1)
-    begins[:, :1] = (position_ids[:, :1] == 0) & (held[:, None] >= 0)
-    return held.clamp(min=0)[:, None] + begins.cumsum(1)
+    if attention_mask is None:
+        real = torch.ones_like(position_ids, dtype=torch.bool)
+    else:
+        expect_shape("attention_mask", attention_mask, tuple(position_ids.shape), "[B, T]")
+        real = attention_mask != 0
+    before = _real_before(real)
+    step = position_ids - position_ids.gather(1, before.clamp(min=0))
+    distance = torch.arange(position_ids.shape[1], device=position_ids.device) - before
+    begins = (before >= 0) & ((step < 1) | (step > distance))
+    first = torch.zeros_like(before[:, :1])
+    if held is not None:
+        first = held[:, None]
+        begins |= (before < 0) & (position_ids == 0) & (first >= 0)
+    ids = first.clamp(min=0) + (begins & real).cumsum(1)
+    return ids.masked_fill(~real, PAD_SEGMENT)
 
 
 def position_ids_from_segment_ids(segment_ids: Tensor) -> Tensor:
@@ -125,10 +138,7 @@ def position_ids_from_segment_ids(segment_ids: Tensor) -> Tensor:
     _check_rows("segment_ids", segment_ids)
     real = segment_ids >= 0
     place = real.cumsum(1) - 1
-    # The id of the last real token before each column, or a negative one.
-    column = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    last = torch.where(real, column, -1).cummax(1).values
-    before = F.pad(last, (1, 0), value=-1)[:, : len(column)]
+    before = _real_before(real)
     earlier = segment_ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, PAD_SEGMENT)
     begins = real & (earlier != segment_ids)
     start = torch.where(begins, place, 0).cummax(1).values
@@ -147,102 +157,38 @@ def segment_ids_from_attention_mask(attention_mask: Tensor, held: Tensor | None 
         `[B, T]` int64: the held id, or 0, at real tokens.
 
     Raises:
-        ValueError: for a mask of another shape, as a 4-D one that says what each token sees.
+        ValueError: for a mask of another shape, as a 4-D one that says what each token sees, or
+            one that numbers documents.
     """
     expect_shape("attention_mask", attention_mask, (None, None), "[B, T]")
+    if not torch.compiler.is_compiling():
+        expect_zeros_and_ones(attention_mask, bool(is_binary(attention_mask)))
     ids = attention_mask.new_zeros(len(attention_mask), 1, dtype=torch.int64)
     if held is not None:
         ids = held.clamp(min=0)[:, None].long()
     return torch.where(attention_mask != 0, ids, PAD_SEGMENT)
 
 
-def call_segments(
-    shape: tuple[int, int],
-    held: Tensor | None,
-    seen: int,
-    *,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    cu_seq_lens: Tensor | None = None,
-) -> Tensor | None:
-    """Segment ids of a call to a model of transformers, from whatever of it says something.
-
-    Documents are told apart by the first of these that is given: segment_ids, seq_idx,
-    cu_seq_lens, position_ids. Pads are where attention_mask is 0, or segment_ids negative.
-
-    Args:
-        shape: batch and length of the call.
-        held: `[B]`, the ids of the segments that the rows' states are in; None to begin.
-        seen: columns of earlier calls, pads among them.
-        attention_mask: `[B, S]`, 0 at pads; of this call alone, or of the whole sequence so far:
-            then columns behind this call are left out, as transformers does.
-        position_ids: `[B, T]`; a document begins where they do not go up by one.
-        segment_ids, seq_idx: `[B, T]` integers, equal in a document.
-        cu_seq_lens: `[n + 1]`, where documents begin and end in the call's only row.
-
-    Returns:
-        `[B, T]` int64, or None where every row simply goes on, without pads.
-
-    Raises:
-        ValueError, TypeError: for shapes or dtypes that do not fit.
-    """
-    batch, length = shape
-    ids = segment_ids if segment_ids is not None else seq_idx
-    if ids is None and cu_seq_lens is not None:
-        if batch != 1:
-            raise ValueError(
-                f"cu_seq_lens_q: expected one row of documents, [1, T], got {batch} rows; flatten "
-                "them, or pass position_ids"
-            )
-        ids = segment_ids_from_cu_seqlens(cu_seq_lens, length)
-        if held is not None:  # never the document that the state is in
-            ids = torch.where(ids < 0, PAD_SEGMENT, ids + held.clamp(min=-1)[:, None] + 1)
-    if ids is None and position_ids is not None:
-        ids = _from_positions(position_ids, held, shape)
-    mask = None if attention_mask is None else _mask_of_call(attention_mask, shape, seen)
-    if ids is not None:
-        expect_shape("segment_ids", ids, shape, "[B, T] of the call")
-        return ids if mask is None else ids.masked_fill(mask == 0, PAD_SEGMENT)
-    return None if mask is None else segment_ids_from_attention_mask(mask, held)
+def is_binary(attention_mask: Tensor) -> Tensor:
+    """Whether a mask has nothing but 0 and 1, a scalar tensor."""
+    return ((attention_mask == 0) | (attention_mask == 1)).all()
 
 
-def _from_positions(
-    position_ids: Tensor, held: Tensor | None, shape: tuple[int, int]
-) -> Tensor | None:
-    if position_ids.dim() == 2 and len(position_ids) == 1:  # as transformers, one for all rows
-        position_ids = position_ids.expand(shape[0], -1)
-    expect_shape("position_ids", position_ids, shape, "[B, T] of the call")
-    ids = segment_ids_from_position_ids(position_ids, held)
-    if torch.compiler.is_compiling():
-        return ids
-    # Ids go up with each document: rows that end where they began go on with one.
-    first = torch.zeros_like(ids[:, -1]) if held is None else held.clamp(min=0)
-    return None if torch.equal(ids[:, -1], first) else ids
-
-
-def _mask_of_call(attention_mask: Any, shape: tuple[int, int], seen: int) -> Tensor | None:
-    """The mask's columns of this call, `[B, T]`; None if it hides nothing."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        got = getattr(attention_mask, "shape", type(attention_mask).__name__)
+def expect_zeros_and_ones(attention_mask: Tensor, binary: bool) -> None:
+    """Raise ValueError for a mask that is not binary."""
+    if not binary:
         raise ValueError(
-            f"attention_mask: expected [B, length] with 0 at pads and 1 elsewhere, got {got}; what "
-            "a token sees is the layers' affair: tell documents apart with segment_ids, and leave "
-            "cache_implementation out"
+            "attention_mask: expected 0 at pads and 1 elsewhere, got values from "
+            f"{attention_mask.min().item()} to {attention_mask.max().item()}; if they number "
+            "documents, pass segment_ids instead (negative at pads)"
         )
-    mask, length = attention_mask, shape[1]
-    if mask.shape[1] != length:
-        if mask.shape[1] < seen + length:
-            whole = f" or the {seen + length} of the sequence so far" if seen else ""
-            raise ValueError(
-                f"attention_mask: expected at least the {length} columns of input_ids{whole}, got "
-                f"{mask.shape[1]}; append a 1 for each new token"
-            )
-        mask = mask[:, seen : seen + length]
-    expect_shape("attention_mask", mask, shape, "[B, T] of the call")
-    # A sync for a faster path; transformers pays the same for its own masks.
-    return None if not torch.compiler.is_compiling() and bool((mask != 0).all()) else mask
+
+
+def _real_before(real: Tensor) -> Tensor:
+    """The last real column before each column, `[B, T]`; -1 for none."""
+    column = torch.arange(real.shape[1], device=real.device)
+    last = torch.where(real, column, -1).cummax(1).values
+    return F.pad(last, (1, 0), value=-1)[:, : len(column)]
 
 
 def _checked_length(bounds: list[int], length: int | None) -> int:

@@ -24,7 +24,9 @@ except ImportError as error:
 
 from longctx_layers.convert.attention import ConvertedAttention, hand_over_segments
 from longctx_layers.convert.families import Site, attention_sites, build_like, find_decoder
+from longctx_layers.convert.model import adopt, converted_class
 from longctx_layers.layers import layer_options
+from longctx_layers.layers.base import mark_drawn
 from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.ops.checks import expect_positive
 
@@ -72,7 +74,8 @@ def convert_attention(
 
     Returns:
         The model itself. `model.config` now has the record `longctx_attention`, from which
-        `load_converted` builds it again.
+        `load_converted` builds it again. The class of the model and of its decoder is now a
+        subclass of the same name.
 
     Raises:
         ValueError, TypeError: for models, layers or options that cannot be converted; what cannot
@@ -99,7 +102,9 @@ def convert_attention(
     for index, layer in built.items():
         site: Site = sites[index]
         replacement = ConvertedAttention(layer, index).train(layer.training)
+        mark_drawn(replacement)
         setattr(site.parent, site.name, replacement)
+    adopt(model, decoder)
     record = {"block_type": block_type, "layers": chosen, "dropout": dropout, **options}
     before = getattr(decoder.config, RECORD) if done else []
     setattr(decoder.config, RECORD, [*before, record])
@@ -144,10 +149,11 @@ def load_converted(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
             convert_attention(self, **conversion)
 
     # Under its own name, so that what transformers writes and prints names the model's class.
-    loader: Any = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
+    made = converted_class(base)
+    loader: Any = type(base.__name__, (made,), {"__init__": init, "__module__": base.__module__})
     loaded = loader.from_pretrained(directory, config=config, **kwargs)
     # With output_loading_info, a pair.
-    (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = base
+    (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = made
     return loaded
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, StaticLayer
 
+from longctx_layers.calls import record_pads
 from longctx_layers.layers import map_state, select_rows
 
 
@@ -17,6 +19,8 @@ class StateCacheLayer(CacheLayerMixin):
     Attributes:
         state: the layer's state, or None before the first call.
         seen: columns of all calls, pads included: the length as transformers counts it.
+        pads: `[B, n]` bool, which of the columns were pads; those after the n were tokens. None
+            without pads.
     """
 
     is_sliding = False
@@ -28,9 +32,11 @@ class StateCacheLayer(CacheLayerMixin):
         super().__init__()
         self.state: Any = None
         self.seen = 0
+        self.pads: Tensor | None = None
 
-    def advance(self, state: Any, length: int) -> None:
-        """Take over the state behind a call of `length` columns."""
+    def advance(self, state: Any, length: int, segment_ids: Tensor | None) -> None:
+        """Take over the state after a call of `length` columns with these segments."""
+        self.pads = record_pads(self.pads, self.seen, segment_ids)
         self.state, self.seen, self.is_initialized = state, self.seen + length, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -57,7 +63,7 @@ class StateCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Begin again."""
-        self.state, self.seen, self.is_initialized = None, 0, False
+        self.state, self.seen, self.pads, self.is_initialized = None, 0, None, False
 
     def offload(self) -> None:
         """Nothing: a state is small."""
@@ -67,19 +73,22 @@ class StateCacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take these rows (beams) in this order."""
-        if self.state is not None:
-            self.state = select_rows(self.state, beam_idx)
+        self._map(lambda tensors: select_rows(tensors, beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
-        if self.state is not None and indices.dtype == torch.bool:
-            indices = indices.nonzero().squeeze(1)
-        self.reorder_cache(indices)
+        rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+        self.reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        self._map(lambda tensors: map_state(lambda x: x.repeat_interleave(repeats, dim=0), tensors))
+
+    def _map(self, change: Callable[[Any], Any]) -> None:
         if self.state is not None:
-            self.state = map_state(lambda x: x.repeat_interleave(repeats, dim=0), self.state)
+            self.state = change(self.state)
+        if self.pads is not None:
+            (self.pads,) = change((self.pads,))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused, but for no tokens: what a state has taken in cannot be taken out again."""
@@ -89,6 +98,15 @@ class StateCacheLayer(CacheLayerMixin):
                 "state cannot go back: copy the cache (copy.deepcopy) before the tokens that may "
                 "be withdrawn, and generate without an assistant or prompt lookup"
             )
+
+
+def state_layer(cache: Any) -> StateCacheLayer | None:
+    """The first layer of a cache that holds a state; None without one."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layers = cache.layers if isinstance(cache, Cache) else []
+    found = (layer for layer in layers if isinstance(layer, StateCacheLayer))
+    return next((layer for layer in found if layer.state is not None), None)
 
 
 def cache_layer(cache: Any, index: int) -> StateCacheLayer:

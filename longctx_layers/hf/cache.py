@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
+from longctx_layers.calls import record_pads
 from longctx_layers.layers import map_state, select_rows
 
 # What transformers calls a cache among arguments and outputs: another word from 5.24 on.
@@ -45,11 +46,14 @@ class LongCtxCache(Cache):
 
     Attributes:
         state: what `LongContextLM` takes and returns; None while the cache is empty.
+        pads: `[B, n]` bool, which of the columns were pads; those after the n were tokens. None
+            without pads. A later attention_mask of the whole sequence is checked against it.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.state: Any = None
+        self.pads: Tensor | None = None
         self._seen = 0
         self._recording = self._recording_for_generate = self._is_user_defined = False
         self._calls: list[_Call] = []
@@ -79,6 +83,7 @@ class LongCtxCache(Cache):
             parts.append(outputs)
             if self._recording:
                 self._calls.append(call)
+        self.pads = record_pads(self.pads, self._seen, segment_ids)
         self._seen += length
         if len(parts) == 1:
             return parts[0]
@@ -165,7 +170,7 @@ class LongCtxCache(Cache):
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self.state, self._seen, self._calls, self._replay = None, 0, [], None
+        self.state, self.pads, self._seen, self._calls, self._replay = None, None, 0, [], None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows by index `[n]`, in that order."""
@@ -190,6 +195,8 @@ class LongCtxCache(Cache):
             return _Call(None if call.state is None else change(call.state), x, *ids or [None])
 
         self.state = None if self.state is None else change(self.state)
+        if self.pads is not None:
+            (self.pads,) = change((self.pads,))
         self._calls = [changed(call) for call in self._calls]
         self._replay = None if self._replay is None else changed(self._replay)
 
@@ -228,6 +235,8 @@ class LongCtxCache(Cache):
                 "the tokens that may have to go"
             )
         self._seen -= remove
+        if self.pads is not None:
+            self.pads = self.pads[:, : self._seen]
         while remove:
             call = calls.pop()
             length = call.x.shape[1]

@@ -12,9 +12,14 @@ from transformers import PreTrainedConfig
 
 from longctx_layers.config import ModelConfig
 from longctx_layers.layers import LAYERS, layer_options
+from longctx_layers.ops.checks import expect_positive
 from longctx_layers.pretrained import FORMAT
 
 MODEL_TYPE = "longctx"
+
+# There is no longest sequence, but programs that look for one want a number, and take it for 2,048
+# or so where they find none.
+NO_LONGEST = 2**31 - 1
 
 FIELDS = (
     "vocab_size",
@@ -28,6 +33,7 @@ FIELDS = (
     "dropout",
     "rms_norm_eps",
     "use_cache",
+    "max_position_embeddings",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
@@ -72,6 +78,8 @@ class LongCtxConfig(PreTrainedConfig):
             alone where the pattern has one name.
         tie_word_embeddings, dropout, rms_norm_eps: see `ModelConfig`.
         use_cache: whether a model in evaluation mode returns its state.
+        max_position_embeddings: the longest sequence that other programs shall ask for, as
+            lm-evaluation-harness, which cuts prompts to it. The model itself has no such limit.
         pad_token_id, bos_token_id, eos_token_id: of the tokenizer.
 
     Raises:
@@ -100,6 +108,7 @@ class LongCtxConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
+        max_position_embeddings: int = NO_LONGEST,
         **kwargs: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in FIELDS}
@@ -113,6 +122,7 @@ class LongCtxConfig(PreTrainedConfig):
             )
         given["pattern"] = pattern or block_type or "dpassm"
         given["block_kwargs"] = block_kwargs or {}
+        expect_positive("max_position_embeddings", max_position_embeddings)
         if given["intermediate_size"] is None:
             given["intermediate_size"] = _eights(given["hidden_size"] * 8 / 3)
         super().__init__(**kwargs)

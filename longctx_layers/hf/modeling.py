@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -13,18 +14,23 @@ from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from longctx_layers.calls import DOCUMENTS, call_segments
+from longctx_layers.hf.arguments import expect_known, given_cache
 from longctx_layers.hf.cache import (
     CACHE_NAME,
     LongCtxCache,
     check_cache_implementation,
     expect_cache,
 )
+from longctx_layers.hf.generation import GeneratesWithPads, refuse_right_pads
+from longctx_layers.hf.loss import LOSS_ARGUMENTS, next_token_loss
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
 from longctx_layers.ops.checks import expect_shape
-from longctx_layers.varlen import DOCUMENTS, call_segments
 
 
-class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
+class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transformers' own takes
+    GeneratesWithPads, LongCtxPreTrainedModel, GenerationMixin
+):
     """A `LongContextLM` that transformers, PEFT, accelerate and lm-eval can work with.
 
     The model itself is `self.model`: `logits, state = hf.model(ids, state, return_state=True)`
@@ -57,10 +63,12 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[B, T]` token ids.
-            attention_mask: `[B, S]`, 0 at pads, which may stand anywhere; of the whole sequence so
-                far, or of these T tokens.
-            position_ids: `[B, T]`: a document begins where they do not go up by one. The layers
-                find positions themselves, and a document's first value says nothing.
+            attention_mask: `[B, S]`, 0 at pads, which may stand anywhere, and 1 elsewhere; of the
+                whole sequence so far, or of these T tokens. For columns that the cache has read it
+                must say what it said then.
+            position_ids: `[B, T]`: a document begins where those of real tokens do not go up by
+                one, pads between them counted or not. The layers find positions themselves, and a
+                document's first value says nothing.
             past_key_values: a `LongCtxCache`, which moves on by T tokens.
             inputs_embeds: `[B, T, hidden_size]`, in place of input_ids.
             labels: `[B, T]` token ids, those of input_ids; -100 is ignored.
@@ -75,12 +83,17 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
             cu_seq_lens_q: `[n + 1]`, where the documents of one row begin and end. These three and
                 position_ids are what `DataCollatorWithFlattening` can make; one will do.
             cache: past_key_values by its name in transformers 5.24 and later.
-            kwargs: for the loss: `num_items_in_batch`.
+            kwargs: for the loss, the arguments of `self.loss_function`, e.g. `num_items_in_batch`.
+                Any other name is an error, unless its value is None or False.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit each other or the model.
         """
         config = self.config
+        given = {"past_key_values": past_key_values, "cache": cache}
+        if others := kwargs.keys() - LOSS_ARGUMENTS:
+            known = inspect.signature(self.loss_function).parameters
+            expect_known(type(self).__name__, {name: kwargs[name] for name in others}, known)
         if output_attentions or (output_attentions is None and config.output_attentions):
             raise ValueError(
                 "output_attentions: expected False, got True; these layers never form the "
@@ -89,7 +102,7 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         x = self._embedded(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        cache = self._cache(given_cache(type(self).__name__, given), use_cache)
         ids = call_segments(
             (x.shape[0], x.shape[1]),
             None if cache is None else cache.held_segment(),
@@ -99,6 +112,7 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
             segment_ids=segment_ids,
             seq_idx=seq_idx,
             cu_seq_lens=cu_seq_lens_q,
+            pads=None if cache is None else cache.pads,
         )
         run = partial(self._run, keep_hidden=bool(output_hidden_states))
         hidden = run(x, None, ids)[0] if cache is None else cache.advance(run, x, ids)
@@ -118,8 +132,8 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
                     f"labels: expected logits of all {x.shape[1]} columns for a loss, got "
                     f"{logits.shape[1]}; leave logits_to_keep out"
                 )
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs
+            loss = next_token_loss(
+                self.loss_function, logits, labels, ids, config.vocab_size, **kwargs
             )
         named: dict[str, Any] = {CACHE_NAME: cache}
         output = CausalLMOutputWithPast(
@@ -195,6 +209,7 @@ class LongCtxForCausalLM(LongCtxPreTrainedModel, GenerationMixin):
                     f"generate: expected one prompt a row, got {name} {list(ids.shape)}; pad the "
                     "prompts at the left, and pass attention_mask"
                 )
+        refuse_right_pads(model_kwargs.get("attention_mask"))
         cache = model_kwargs.get(CACHE_NAME)
         given = cache is not None
         if not given and generation_config.use_cache is False:
