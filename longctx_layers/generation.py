@@ -164,6 +164,11 @@ def _left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def _rows(prompt: Tensor | Sequence[Tensor | Sequence[int]]) -> list[Tensor | Sequence[int]]:
     if isinstance(prompt, Tensor):
+        if prompt.is_nested:
+            raise TypeError(
+                "prompt: expected a dense tensor of token ids, or a list of prompts, got a nested "
+                "tensor; pass list(prompt.unbind())"
+            )
         if prompt.dim() not in (1, 2):
             raise ValueError(
                 f"prompt: expected a tensor [T] or [B, T], got {list(prompt.shape)}; reshape it"
@@ -176,6 +181,11 @@ def _rows(prompt: Tensor | Sequence[Tensor | Sequence[int]]) -> list[Tensor | Se
         raise TypeError(
             "prompt: expected a tensor of token ids, or a list of 1-D tensors or lists of ids, "
             f"got {prompt!r}; encode text first, and put a single list of ids into a tensor"
+        )
+    if any(isinstance(row, Tensor) and row.dim() != 1 for row in prompt):
+        shapes = [list(row.shape) for row in prompt if isinstance(row, Tensor)]
+        raise ValueError(
+            f"prompt: expected 1-D tensors, one for each prompt, got shapes {shapes}; flatten them"
         )
     if not prompt or any(len(row) == 0 for row in prompt):
         raise ValueError(
@@ -199,7 +209,12 @@ def _checked_ids(
 ) -> Tensor:
     if len(ids) == 0:
         return torch.zeros(0, dtype=torch.int64, device=device)
-    ids = torch.as_tensor(ids)
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected integer token ids, got {ids!r}; encode text first"
+        ) from error
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"{name}: expected integer token ids, got {ids.dtype}; use .long()")
     if ids.dim() != 1:

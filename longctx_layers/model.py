@@ -18,7 +18,12 @@ from longctx_layers.layers import build_layer
 from longctx_layers.layers.base import draw_linear, draw_weight, mark_drawn
 from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.layers.pieces import works_by_token
-from longctx_layers.ops.checks import expect_choice, expect_positive, expect_shape
+from longctx_layers.ops.checks import (
+    expect_choice,
+    expect_positive,
+    expect_shape,
+    expect_tensor,
+)
 from longctx_layers.weight_decay import no_weight_decay
 
 IGNORED_LABEL = -100
@@ -140,11 +145,13 @@ class LongContextLM(nn.Module):
         self, ids: Tensor, state: ModelState | None = None, *, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """What the head gets, `[B, T, D]`, and the new state; arguments as for the model."""
-        if state is not None and len(state) != len(self.blocks):
-            raise ValueError(
-                f"state: expected one for each of {len(self.blocks)} blocks, got {len(state)}; "
-                "pass what this model returned"
-            )
+        if state is not None:
+            found = len(state) if isinstance(state, (tuple, list)) else type(state).__name__
+            if found != len(self.blocks):
+                raise ValueError(
+                    f"state: expected one for each of {len(self.blocks)} blocks, got {found}; "
+                    "pass what this model returned"
+                )
         return self.run_blocks(self.embed(ids), state, segment_ids)
 
     def embed(self, ids: Tensor, *, name: str = "ids") -> Tensor:
@@ -224,6 +231,7 @@ class LongContextLM(nn.Module):
         """
         expect_choice("reduction", reduction, ("mean", "sum", "none"))
         expect_positive("tokens_at_once", tokens_at_once)
+        expect_tensor("ids", ids, "[B, T]")
         expect_shape("labels", labels, tuple(ids.shape), "the shape of ids")
         if labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"labels: expected int64, got {labels.dtype}; convert with .long()")

@@ -21,7 +21,7 @@ from longctx_layers.layers.checks import (
 from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.pieces import by_rows, lengths, may_divide
 from longctx_layers.layers.rotary import RopeScaling, rotary_table, rotate
-from longctx_layers.layers.state import Field, Rows, arrange, tail
+from longctx_layers.layers.state import Field, Rows, arrange, tail, usable_in_training
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
 from longctx_layers.ops.checks import expect_number, expect_positive
 from longctx_layers.ops.gated_norms import head_norm
@@ -151,8 +151,8 @@ class AttentionLayer(SpecialParameters):
     notice: see `may_divide`.
 
     Attributes:
-        grain: tokens that a piece is a multiple of. None for layers that take a call as a whole,
-            since their state grows and every piece would copy it.
+        grain: tokens that a piece is a multiple of. None for layers whose state grows, so that
+            every piece would copy it: they take a call as a whole, or cut it themselves.
         first_piece: tokens before the first multiple.
     """
 
@@ -283,6 +283,8 @@ class AttentionLayer(SpecialParameters):
             ValueError, TypeError: for shapes, dtypes, devices or states that do not fit.
         """
         self._check(x, state, segment_ids)
+        if state is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            state = usable_in_training(state)
         device = x.device.type
         # Autocast would round x in every projection; float64 it leaves alone.
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -406,6 +408,12 @@ class AttentionLayer(SpecialParameters):
             The attention output `[B, T, H, P]`, and all keys and values `[B, S, G, P]`, cached
             ones first, for the state.
         """
+        q, k, v = self.project(x, state)
+        sizes = {"window_size": window_size, "chunk_size": chunk_size, "chunk_shift": chunk_shift}
+        return self.attend_to(q, k, v, segments, far=far, **sizes), k, v
+
+    def project(self, x: Tensor, state: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, T, H, P]`, and keys and values `[B, S, G, P]`, cached ones first."""
         q = self.heads(self.q_proj(x), self.n_heads)
         k = self.heads(self.k_proj(x), self.n_kv_heads)
         v = self.heads(self.v_proj(x), self.n_kv_heads)
@@ -414,6 +422,24 @@ class AttentionLayer(SpecialParameters):
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=1)
             v = torch.cat([state.v.to(v.dtype), v], dim=1)
+        return q, k, v
+
+    def attend_to(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments | None,
+        *,
+        far: Any = None,
+        **sizes: Any,
+    ) -> Tensor:
+        """Rotate and attend: what `project` returns, to `[B, T, H, P]`.
+
+        Args:
+            far: as for `attend`.
+            sizes: of the window or chunk, as for `sparse_attention`.
+        """
         far_keys: FarKeys | None = None
         queries, keys, values = (z.transpose(1, 2) for z in (q, k, v))
         if far is not None:
@@ -428,14 +454,12 @@ class AttentionLayer(SpecialParameters):
             queries,
             keys,
             values,
-            window_size=window_size,
-            chunk_size=chunk_size,
-            chunk_shift=chunk_shift,
             segments=segments,
             far=far_keys,
             dropout_p=self.dropout if self.training else 0.0,
+            **sizes,
         )
-        return y.transpose(1, 2), k, v
+        return y.transpose(1, 2)
 
     def cache_fields(self, size: int | None) -> dict[str, Field]:
         """Fields of a cache of the last `size` keys and values; None: of all."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longctx_layers.layers.base import AttentionLayer, Projection
+from longctx_layers.layers.pieces import lengths
 from longctx_layers.layers.state import Field
-from longctx_layers.ops import Segments
+from longctx_layers.ops import FarKeys, Segments
 from longctx_layers.ops.checks import expect_count, expect_positive
-from longctx_layers.ops.far import far_cached_keys
+from longctx_layers.ops.far import RANDOM_BLOCK, far_cached_keys
+from longctx_layers.ops.segments import cover
 
 
 class BigBird(AttentionLayer):
@@ -78,6 +79,43 @@ class BigBird(AttentionLayer):
     def mix(
         self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        far = partial(far_cached_keys, **self.options(), segments=segments)
-        y, k, v = self.attend(x, state, segments, window_size=self.window_size, far=far)
+        q, k, v = self.project(x, state)
+        queries, keys, values = (z.transpose(1, 2) for z in (q, k, v))
+        far = far_cached_keys(queries, keys, values, **self.options(), segments=segments)
+        y = self._attend_in_pieces(q, k, v, segments, far)
         return y.flatten(2), self.cache(k, v, k.shape[1], segments)
+
+    def _attend_in_pieces(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, far: FarKeys | None
+    ) -> Tensor:
+        """Attention `[B, T, H, P]`, on a CPU a few tokens at a time, so that scores stay in caches.
+
+        Tensors are split once: the gradient of each of many slices would be as large as the whole.
+        """
+        (batch, length), prefix, reach = q.shape[:2], k.shape[1] - q.shape[1], self.window_size - 1
+        sizes = [length]
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            grain = max(1, cover(reach, RANDOM_BLOCK)) * RANDOM_BLOCK
+            sizes = lengths(batch, length, grain, 0)
+        own = [prefix + sizes[0], *sizes[1:]]
+        lists = [None] * len(sizes) if far is None else far.split(sizes)
+        offset, ys, before = 0, [], (k[:, :0], v[:, :0])
+        for queries, *cached, some in zip(
+            q.split(sizes, 1), k.split(own, 1), v.split(own, 1), lists, strict=True
+        ):
+            keys, values = (torch.cat(z, dim=1) for z in zip(before, cached, strict=True))
+            part = segments
+            if segments is not None and len(sizes) > 1:
+                part = segments.part(offset, queries.shape[1])
+            ys.append(self._attend_piece(queries, keys, values, part, some))
+            before = tuple(z[:, max(z.shape[1] - reach, 0) :] for z in cached)
+            offset += queries.shape[1]
+        return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)
+
+    def _attend_piece(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, far: FarKeys | None
+    ) -> Tensor:
+        def unrotated(queries: Tensor, *_: Tensor) -> FarKeys | None:
+            return None if far is None else far._replace(q=queries)
+
+        return self.attend_to(q, k, v, segments, window_size=self.window_size, far=unrotated)

@@ -41,6 +41,11 @@ def detach_state(state: State) -> State:
     return map_state(Tensor.detach, state)
 
 
+def usable_in_training(state: State) -> State:
+    """The state; a copy of what was made in inference mode, which autograd can't save."""
+    return map_state(lambda x: x.clone() if x.is_inference() else x, state)
+
+
 def select_rows(state: State, index: Tensor) -> State:
     """Rows of a state by index `[n]`, in that order: reorders, drops or repeats sequences."""
     return map_state(lambda x: x.index_select(0, index.to(x.device)), state)

@@ -17,7 +17,7 @@ from longctx_layers.ops import (
     triton_support,
 )
 from longctx_layers.ops.blocked_attention import blocked_attention
-from longctx_layers.ops.checks import expect_dtype, expect_positive, expect_shape
+from longctx_layers.ops.checks import expect_dtype, expect_float, expect_positive, expect_shape
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.far import FarKeys
 from longctx_layers.ops.segments import Segments, range_start
@@ -98,6 +98,7 @@ def _check(
     far: FarKeys | None,
     dropout_p: float,
 ) -> None:
+    expect_float("q", q, "[B, H, T, P]")
     if q.dim() != 4:
         raise ValueError(f"q: expected [B, H, T, P], got a tensor of shape {list(q.shape)}")
     batch, heads, length, dim = q.shape

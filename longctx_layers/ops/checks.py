@@ -6,8 +6,36 @@ import torch
 from torch import Tensor
 
 
+def expect_tensor(name: str, x: object, layout: str) -> None:
+    """Raise TypeError unless x is a dense tensor; `layout` is the shape to name in the error."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor {layout}, got a {type(x).__name__}; make one with "
+            "torch.as_tensor"
+        )
+    if x.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor {layout}, got a nested one; pad it with "
+            "torch.nested.to_padded_tensor, and give the pads negative segment ids"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor {layout}, got layout {x.layout}; use .to_dense()"
+        )
+
+
+def expect_float(name: str, x: Tensor, layout: str) -> None:
+    """Raise unless x is a dense tensor of real floating-point numbers."""
+    expect_tensor(name, x, layout)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name}: expected floating-point numbers, got {x.dtype}; convert it with .float()"
+        )
+
+
 def expect_shape(name: str, x: Tensor, shape: tuple[int | None, ...], layout: str) -> None:
-    """Raise ValueError unless x has this shape; None allows any size."""
+    """Raise unless x is a dense tensor of this shape; None allows any size."""
+    expect_tensor(name, x, layout)
     if x.dim() != len(shape) or any(
         want is not None and want != got for want, got in zip(shape, x.shape, strict=True)
     ):

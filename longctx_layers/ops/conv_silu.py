@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.ops import reference, triton_support
-from longctx_layers.ops.checks import expect_dtype, expect_shape
+from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.segments import Segments
 
@@ -39,6 +39,7 @@ def conv_silu(
 
     Source: Dao and Gu, Mamba-2, arXiv 2405.21060.
     """
+    expect_float("x", x, "[B, T, C]")
     if x.dim() != 3:
         raise ValueError(f"x: expected [B, T, C], got a tensor of shape {list(x.shape)}")
     batch, length, channels = x.shape

@@ -28,6 +28,18 @@ class FarKeys(NamedTuple):
     mask: Tensor
     block: int
 
+    def split(self, sizes: list[int]) -> list[FarKeys]:
+        """Those of consecutive queries, each piece but the last a multiple of `block` long."""
+        lists = [-(-size // self.block) for size in sizes]
+        pieces = zip(
+            self.q.split(sizes, 2),
+            self.k.split(lists, 2),
+            self.v.split(lists, 2),
+            self.mask.split(sizes, 2),
+            strict=True,
+        )
+        return [FarKeys(*piece, self.block) for piece in pieces]
+
 
 def far_block(window_size: int, segments: Segments | None) -> int:
     """Queries per list of far keys.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.ops import cpu_gated_norms, cpu_support, reference, triton_support
-from longctx_layers.ops.checks import expect_dtype, expect_shape
+from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
 from longctx_layers.ops.dispatch import Operation
 
 EPS = 1e-5
@@ -45,6 +45,7 @@ def gated_norms(
 
     Source: Dong et al., Hymba, arXiv 2411.13676; Zhang and Sennrich, RMSNorm, 1910.07467.
     """
+    expect_float("z", z, "[B, T, H, P]")
     if z.dim() != 4:
         raise ValueError(f"z: expected [B, T, H, P], got a tensor of shape {list(z.shape)}")
     for name, path in (("o", o), ("s", s)):

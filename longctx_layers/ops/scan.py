@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.ops import reference, triton_support
-from longctx_layers.ops.checks import expect_dtype, expect_shape
+from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape, expect_tensor
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.segments import Segments, cover, shortened
 
@@ -46,6 +46,8 @@ def diagonal_scan(
 
     Source: Gu et al., S4D, arXiv 2206.11893; Orvieto et al., LRU, 2303.06349.
     """
+    expect_float("u", u, "[B, T, N]")
+    expect_tensor("log_decay", log_decay, "[N] or [B, T, N]")
     if u.dim() != 3:
         raise ValueError(f"u: expected [B, T, N], got a tensor of shape {list(u.shape)}")
     batch, length, channels = u.shape
@@ -58,6 +60,8 @@ def diagonal_scan(
     expect_dtype("initial_state", initial_state, precise)
     if segments is not None:
         expect_shape("segments.start", segments.start, (batch, length), "[B, T]")
+    if length == 0:
+        return u, initial_state
     result: tuple[Tensor, Tensor] = _operation(
         u, log_decay, initial_state=initial_state, segments=segments, backend=backend
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.ops import cpu_support, reference, triton_support
-from longctx_layers.ops.checks import expect_dtype, expect_shape
+from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
 from longctx_layers.ops.cpu_ssd import scan_tiles
 from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.scan import (
@@ -59,6 +59,8 @@ def ssd(
     Source: Dao and Gu, Mamba-2, arXiv 2405.21060.
     """
     initial_state = check_inputs(x, dt, A, B, C, "initial_state", initial_state, segments)
+    if x.shape[1] == 0:
+        return x, initial_state
     result: tuple[Tensor, Tensor] = _ssd(
         x, dt, A, B, C, initial_state=initial_state, segments=segments, backend=backend
     )
@@ -76,6 +78,7 @@ def check_inputs(
     segments: Segments | None,
 ) -> Tensor:
     """Raise for arguments that do not fit together; returns the state, zero for None."""
+    expect_float("x", x, "[B, T, H, P]")
     if x.dim() != 4:
         raise ValueError(f"x: expected [B, T, H, P], got a tensor of shape {list(x.shape)}")
     batch, length, heads, dim = x.shape

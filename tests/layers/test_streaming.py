@@ -117,3 +117,27 @@ def test_a_long_call_in_pieces_is_the_same(case, length, at_once, batch, seed, p
     assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
     expected = gradients(layer, x, *whole)
     assert_close(gradients(layer, x, *pieces), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["bigbird", "bigbird-random"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cached", [0, 3, 200])
+def test_a_growing_state_is_read_in_pieces(monkeypatch, case, packed, cached):
+    """BigBird's pieces are multiples of 64 queries, which the test above is too short for."""
+    layer = small_layer(case)
+    torch.manual_seed(0)
+    x = torch.randn(1, cached + 330, 16, dtype=torch.float64)
+    ids = packed_ids(1, cached + 330, 0) if packed else None
+    with torch.no_grad():
+        _, state = layer(x[:, :cached], segment_ids=None if ids is None else ids[:, :cached])
+    ids = None if ids is None else ids[:, cached:]
+    x = x[:, cached:].requires_grad_()
+    whole = layer(x, state, segment_ids=ids)
+    pieces = []
+    attend = layer.attend_to
+    monkeypatch.setattr(layer, "attend_to", lambda *a, **k: pieces.append(1) or attend(*a, **k))
+    monkeypatch.setattr("longctx_layers.layers.pieces.TOKENS_AT_ONCE", 64)
+    found = layer(x, state, segment_ids=ids)
+    assert len(pieces) >= 2
+    assert_close(found, whole, rtol=1e-9, atol=1e-9)
+    assert_close(gradients(layer, x, *found), gradients(layer, x, *whole), rtol=1e-9, atol=1e-9)
