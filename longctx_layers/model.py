@@ -146,7 +146,8 @@ class LongContextLM(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """What the head gets, `[B, T, D]`, and the new state; arguments as for the model."""
         if state is not None:
-            found = len(state) if isinstance(state, (tuple, list)) else type(state).__name__
+            given: Any = state
+            found = len(given) if isinstance(given, (tuple, list)) else type(given).__name__
             if found != len(self.blocks):
                 raise ValueError(
                     f"state: expected one for each of {len(self.blocks)} blocks, got {found}; "

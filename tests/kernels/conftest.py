@@ -4,6 +4,10 @@ import pytest
 
 from longctx_layers.ops import triton_support
 
+if triton_support.VERSION >= triton_support.MINIMUM:
+    from interpreter import interpreted
+    from sizes import SIZES
+
 
 class _Refused(pytest.Module):
     """A module of tests that is not even imported: its imports may need another Triton."""
@@ -24,8 +28,6 @@ def pytest_pycollect_makemodule(module_path, parent):
 @pytest.fixture
 def small(monkeypatch):
     """Small programs, and Triton's backend accepts CPU tensors."""
-    from sizes import SIZES
-
     monkeypatch.setattr(triton_support, "refuse_device", lambda *_: None)
     for module, sizes in SIZES.items():
         for name, size in sizes.items():
@@ -35,7 +37,5 @@ def small(monkeypatch):
 @pytest.fixture
 def interpret(small):
     """The interpreter runs Triton's kernels, small ones."""
-    from interpreter import interpreted
-
     with interpreted():
         yield
