@@ -2,8 +2,8 @@
 # Several machines under SLURM: sbatch examples/slurm.sh [options of examples/train.py fit]
 #
 # One task a GPU, and --ntasks-per-node, --gres and --trainer.devices agree. When the job's time is
-# nearly up SLURM sends SIGUSR1; Lightning then saves and puts the job back into the queue, and
-# --ckpt_path=last goes on from the newest checkpoint.
+# nearly up SLURM sends SIGUSR1; the program then writes a checkpoint after the current step and puts
+# the job back into the queue, and --ckpt_path=last resumes from it.
 #SBATCH --job-name=longctx
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
