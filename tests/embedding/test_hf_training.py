@@ -17,6 +17,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from longctx_layers import LAYERS
 from longctx_layers.hf import LongCtxConfig, LongCtxForCausalLM
@@ -177,6 +178,9 @@ def test_trainer_trains_every_block_in_bfloat16_and_resumes(
 
 # ---- PEFT
 
+# `MIN_PEFT_VERSION` is asked for where an older PEFT can't work: transformers refuses it for its
+# own adapters, and from 5.24 on its `generate` passes on no cache (wrong for a Llama, too).
+
 
 def lora(model: LongCtxForCausalLM, **options: Any) -> Any:
     peft = pytest.importorskip("peft", reason="adapters need peft")
@@ -250,7 +254,7 @@ def test_lora_on_all_linear_layers_leaves_the_head() -> None:
 
 def test_transformers_own_adapters() -> None:
     """`add_adapter` and `disable_adapters`, without PEFT's wrapper."""
-    peft = pytest.importorskip("peft", reason="adapters need peft")
+    peft = pytest.importorskip("peft", MIN_PEFT_VERSION, reason="adapters need peft")
     model, ids = hf_model("blade"), torch.randint(0, 13, (2, 9))
     before = model(ids).logits
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -261,7 +265,7 @@ def test_transformers_own_adapters() -> None:
 
 
 def test_prompt_tuning_goes_through_embeddings() -> None:
-    peft = pytest.importorskip("peft", reason="adapters need peft")
+    peft = pytest.importorskip("peft", MIN_PEFT_VERSION, reason="adapters need peft")
     model, ids = hf_model("dpassm", dtype=torch.float32), torch.randint(0, 13, (2, 9))
     tuned = peft.get_peft_model(
         model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
