@@ -43,7 +43,8 @@ def generate(
     Args:
         model: the language model.
         prompt: token ids: one prompt `[T]`, prompts of one length `[B, T]`, or a list of prompts
-            of any lengths (1-D tensors, or lists of ints). No prompt may be empty.
+            of any lengths (1-D tensors, or lists of ints). No prompt may be empty. Every id of a
+            tensor is a token: prompts that were padded go without their pads, as a list.
         max_new_tokens: how many tokens to append at most.
         temperature: divides the logits; 0 takes the likeliest token (greedy).
         top_k: sample among the k likeliest tokens only.

@@ -82,6 +82,14 @@ def test_from_model_config_takes_the_rest_as_given() -> None:
     assert (config.eos_token_id, config.use_cache) == (3, False)
 
 
+def test_the_longest_sequence_is_what_is_asked_for(tmp_path: Path) -> None:
+    assert LongCtxConfig().max_position_embeddings == 2**31 - 1
+    LongCtxConfig(max_position_embeddings=8192).save_pretrained(tmp_path)
+    assert LongCtxConfig.from_pretrained(tmp_path).max_position_embeddings == 8192
+    with pytest.raises(ValueError, match="max_position_embeddings: expected"):
+        LongCtxConfig(max_position_embeddings=0)
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"layers' options in block_kwargs, got window_size"):
         LongCtxConfig(window_size=64)

@@ -146,3 +146,26 @@ def test_figures_of_a_saved_folder(
     total = sum(log_likelihood(model, tokenizer, END, text) for text in TEXTS)
     bits = -total / sum(len(text.encode()) for text in TEXTS) / math.log(2)
     assert results["local_perplexity"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize("longest", [None, 3000])
+@torch.no_grad()
+def test_long_prompts_are_read_as_asked(longest: int | None, tmp_path: Path) -> None:
+    """lm-evaluation-harness cuts prompts to what the config says, or to 2,048 without a word."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = text_model("window")
+    if longest is not None:
+        model.config.max_position_embeddings = longest
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    harness = HFLM(pretrained=str(tmp_path), device="cpu", batch_size=1)
+    read: list[int] = []
+    harness.model.model.embedding.register_forward_hook(
+        lambda module, args, out: read.append(args[0].shape[1])
+    )
+    request = Instance("loglikelihood", {}, ("x" * 4000, " y"), 0)
+    harness.loglikelihood([request], disable_tqdm=True)
+    assert read == [4001 if longest is None else longest]

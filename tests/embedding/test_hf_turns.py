@@ -12,7 +12,6 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from longctx_layers.convert import convert_attention
 from longctx_layers.hf import LongCtxCache
-from longctx_layers.testing import small_model
 
 PAD = 0
 CONVERTED = {
@@ -263,12 +262,3 @@ def test_positions_beside_a_mask_cut_nothing(counted: bool) -> None:
             logits.append(output.logits)
         found = torch.cat(logits, 1)
         torch.testing.assert_close(found[mask == 1], expected[mask == 1])
-
-
-def test_native_generate_has_no_pads_in_a_tensor() -> None:
-    """Prompts of several lengths are a list: nothing in a tensor says which ids are pads."""
-    native = small_model("dpassm").eval()
-    rows = [some_ids(6), some_ids(4, seed=1)]
-    together = native.generate(rows, 3, temperature=0)
-    for row, made in zip(rows, together, strict=True):
-        assert torch.equal(native.generate(row, 3, temperature=0), made)
