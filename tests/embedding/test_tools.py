@@ -247,7 +247,10 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("size", "kind"), [(1, "ours"), (2, "ours"), (2, "converted")])
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [pytest.param(1, "ours", marks=pytest.mark.slow), (2, "ours"), (2, "converted")],
+)
 def test_fully_sharded_model_trains_as_one(size, kind, tmp_path):
     command = [sys.executable, "-c", WORKER]
     workers = [

@@ -82,7 +82,10 @@ def test_layers_stream_on_the_kernels(device, case):
         assert_close(getattr(state, name).cpu().double(), part.double(), **ROUNDED)
 
 
-@pytest.mark.parametrize("case", ["window", "dpassm", "blade"])
+# Of the others, test_tracing.py compiles the operations.
+@pytest.mark.parametrize(
+    "case", ["window", *(pytest.param(c, marks=pytest.mark.slow) for c in ("dpassm", "blade"))]
+)
 def test_compiled_without_a_break(device, case):
     layer = small_layer(case, dtype=torch.float32).to(device)
     x = torch.randn(2, 40 if REAL else 9, 16, device=device, requires_grad=True)

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.usefixtures("small")
 OPTIONS = {"sparse_attention": {"window_size": 20}, "block_ssd": {"chunk_size": 24}}
 
 
-@pytest.mark.parametrize("name", LENGTHS)
+# block_ssd runs the kernels of ssd, and more of each.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "ssd" else n for n in LENGTHS]
+)
 def test_the_same_bits_in_any_order(name):
     length = max(LENGTHS[name])
     tensors = inputs(name, 2, length, dtype=torch.float32)
