@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx_layers.ops.checks import expect_count, expect_number, expect_positive
+from longctx_layers.ops.scan import running_sum
 
 if TYPE_CHECKING:
     from longctx_layers.model import LongContextLM
@@ -131,7 +132,7 @@ def _sample(
     scaled = (logits - logits[:, :1]) / max(temperature, torch.finfo(torch.float32).tiny)
     probabilities = scaled[:, :top_k].softmax(-1)
     if top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities
+        before = running_sum(probabilities) - probabilities
         # The first is always kept: in float32, top_p may be smaller than rounding can tell from 0.
         before[:, 0] = -1.0
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)

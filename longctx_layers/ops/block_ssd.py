@@ -12,6 +12,7 @@ from longctx_layers.ops import reference
 from longctx_layers.ops.checks import expect_positive
 from longctx_layers.ops.cpu_ssd import scan_tiles
 from longctx_layers.ops.dispatch import Operation
+from longctx_layers.ops.scan import running_sum
 from longctx_layers.ops.segments import Segments, chunk_start, shortened
 from longctx_layers.ops.ssd import (
     TILE,
@@ -270,7 +271,7 @@ def _blocks_anywhere(
     # At the row's end, the writes before the boundary of the next token's chunk are readable.
     start = segments.next_start()[:, None, None]
     boundary = chunk_start(segments.length[:, None, None], start, size, shift)
-    total = tiles.total.cumsum(1)
+    total = running_sum(tiles.total, 1)
     weight = tiles.fade_to_end() * (total[:, -1:] - total).exp().to(y.dtype)[:, :, None]
     early = ((index >= start) & (index < boundary))[..., None]
     late = ((index >= start) & (index >= boundary))[..., None]

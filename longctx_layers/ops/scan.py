@@ -158,6 +158,25 @@ def tile_starts(start: Tensor, tiles: int, tile: int) -> Tensor:
     return torch.cat([start, tail], dim=1).unflatten(1, (tiles, tile))
 
 
+def running_sum(x: Tensor, dim: int = -1) -> Tensor:
+    """Inclusive cumulative sums along a dimension.
+
+    torch has no deterministic cumsum of floats on a GPU: under
+    `torch.use_deterministic_algorithms` this doubles the summed span instead, log2(length) times.
+    """
+    if x.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(dim)
+    return _doubled_sum(x.movedim(dim, -1)).movedim(-1, dim)
+
+
+def _doubled_sum(x: Tensor) -> Tensor:
+    step = 1
+    while step < x.shape[-1]:
+        x = x + F.pad(x[..., :-step], (step, 0))
+        step *= 2
+    return x
+
+
 def segment_sums(log_decay: Tensor) -> Tensor:
     """Inclusive cumulative sums over the last dimension, in float64 where the device has it.
 
@@ -165,7 +184,7 @@ def segment_sums(log_decay: Tensor) -> Tensor:
     precision in float32 behind one very strong decay.
     """
     wide = log_decay.dtype if log_decay.device.type == "mps" else torch.float64
-    return log_decay.to(wide).cumsum(-1)
+    return running_sum(log_decay.to(wide))
 
 
 class _PreciseDifference(torch.autograd.Function):
@@ -243,7 +262,7 @@ def carry(
     mask = (index[:, None] <= index[..., None]) & (index[:, None] >= first[..., None])
     inside = decay_between(sums, sums, mask[:, :, None], states.dtype) @ states.transpose(2, 3)
     # From group to group: what stands at the end of all earlier groups.
-    ends, total = inside[..., -1, :], sums[..., -1].mT.cumsum(-1)
+    ends, total = inside[..., -1, :], running_sum(sums[..., -1].mT)
     row = torch.arange(groups, device=states.device)
     alive = (row < row[:, None]) & (
         row >= (F.pad(first[..., -1], (1, 0))[:, :-1] // group)[..., None]

@@ -173,3 +173,35 @@ def test_the_stand_in_has_the_library_s_arguments(version, module, name):
             assert parameter.default == ours[x].default
         else:
             assert parameter.default is not inspect.Parameter.empty
+
+
+@VERSIONS
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_far", [False, True])
+@pytest.mark.parametrize("mode", [False, True])
+def test_deterministic_algorithms_are_asked_for(monkeypatch, version, packed, with_far, mode):
+    """The library adds gradients atomically unless it is told not to."""
+    asked = []
+    with installed(version):
+        for (number, module), names in FUNCTIONS.items():
+            for name in names if number == version else ():
+                library = importlib.import_module(module)
+                function = getattr(library, name)
+
+                def spy(*args, function=function, **kwargs):
+                    asked.append(kwargs.get("deterministic"))
+                    return function(*args, **kwargs)
+
+                monkeypatch.setattr(library, name, spy)
+        tensors = inputs("sparse_attention", 2, 9)
+        q, k, v = (x.requires_grad_() for x in tensors.values())
+        far = far_keys(q, k, v) if with_far else None
+        options = {"chunk_size": 4} if packed else {"window_size": 4}
+        torch.use_deterministic_algorithms(mode)
+        try:
+            y = sparse_attention(q, k, v, far=far, backend="flash", **options)
+            y.sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    # What is None is the low-level forward, which has no such argument.
+    assert {x for x in asked if x is not None} == {mode}
