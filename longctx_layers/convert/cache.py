@@ -61,6 +61,8 @@ class StateCacheLayer(CacheLayerMixin):
         """No limit."""
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in early versions of transformers 5
+
     def reset(self) -> None:
         """Begin again."""
         self.state, self.seen, self.pads, self.is_initialized = None, 0, None, False

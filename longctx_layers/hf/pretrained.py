@@ -114,6 +114,7 @@ class LongCtxPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding of token ids."""
+        mark_drawn(value)  # as early versions of transformers 5 do not, of what they resized
         self.model.embedding = cast("nn.Embedding", value)
         size = self.model.embedding.weight.shape[0]
         self.model.config = replace(self.model.config, vocab_size=size)
@@ -124,4 +125,5 @@ class LongCtxPreTrainedModel(PreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
+        mark_drawn(new_embeddings)
         self.model.head = cast("nn.Linear", new_embeddings)

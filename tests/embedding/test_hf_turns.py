@@ -67,7 +67,7 @@ class Conversation:
         torch.manual_seed(0)
         free = model.generate(
             prompt, attention_mask=self.mask, max_new_tokens=8, pad_token_id=PAD,
-            eos_token_id=None, **options,
+            eos_token_id=None, past_key_values=deepcopy(cache), **options,
         )[:, 7:]  # fmt: skip
         self.eos = [int(free[0, 2]), int(free[1, 5])]
         self.pad = self.eos[0] if pad is None else pad
