@@ -102,8 +102,8 @@ def _queries(
 ):  # fmt: skip
     """The gradient of q through the range."""
     tiles = tl.cdiv(T * SHARE, ROWS)
-    tile, row = index_of_two(tiles)
-    tile, b, g = tiles - 1 - tile, row // G, row % G
+    tile, pair = index_of_two(tiles)  # of a row and a group
+    tile, b, g = tiles - 1 - tile, pair // G, pair % G
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < T * SHARE
     t, h, d = row // SHARE, g * SHARE + row % SHARE, tl.arange(0, HEAD)
@@ -177,8 +177,8 @@ def _keys(
 ):  # fmt: skip
     """Gradients of k and v. `SEEN`: how many tokens begin at a tile's first key, or at its last."""
     S = T + prefix
-    tile, row = index_of_two(tl.cdiv(S, KEYS))
-    b, g = row // G, row % G
+    tile, pair = index_of_two(tl.cdiv(S, KEYS))
+    b, g = pair // G, pair % G
     key, d = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD)
     k_at = b * k_b + g * k_g + key.to(tl.int64)[:, None] * k_t + d[None, :]
     v_at = b * v_b + g * v_g + key.to(tl.int64)[:, None] * v_t + d[None, :]
@@ -216,8 +216,8 @@ def _far(
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the far queries, and a tile's share of those of the far keys and values."""
-    tile, list, row = index_of_three(tiles, lists)
-    b, g = row // G, row % G
+    tile, list, pair = index_of_three(tiles, lists)
+    b, g = pair // G, pair % G
     row, d = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, HEAD)
     t, h = list * block + row // SHARE, g * SHARE + row % SHARE
     inside = (row < block * SHARE) & (t < T)

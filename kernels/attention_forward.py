@@ -146,8 +146,8 @@ def _forward(
     FAR_KEYS: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T * SHARE, ROWS)
-    part, row = index_of_two(tiles * SPLITS)
-    split, b, g = part % SPLITS, row // G, row % G
+    part, pair = index_of_two(tiles * SPLITS)  # of a row and a group
+    split, b, g = part % SPLITS, pair // G, pair % G
     # The last tiles first: in full attention they have the most to do.
     tile = tiles - 1 - part // SPLITS
     row = tile * ROWS + tl.arange(0, ROWS)

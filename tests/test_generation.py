@@ -235,7 +235,7 @@ def test_sampling_options_reach_the_model() -> None:
         ({"prompt": torch.tensor([True])}, "integer token ids, got torch.bool"),
         ({"prompt": torch.tensor([3, 13])}, r"\[0, 13\), got ids from 3 to 13"),
         ({"prompt": [[3], [-1]]}, r"\[0, 13\), got ids from -1 to -1"),
-        ({"prompt": [torch.zeros(2, 2, dtype=torch.int64)]}, "1-D list of token ids"),
+        ({"prompt": [torch.zeros(2, 2, dtype=torch.int64)]}, "expected 1-D tensors"),
         ({"max_new_tokens": -1}, "max_new_tokens: expected at least 0, got -1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens: expected an integer, got 1.5"),
         ({"temperature": -0.1}, "temperature: expected a finite number of at least 0"),

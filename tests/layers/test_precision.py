@@ -33,15 +33,21 @@ def test_fast_path_is_as_precise_as_the_reference(case, dtype, pieces):
     x = torch.randn(2, 145, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     # Around BLADE's loop over chunks the rounding of one is the next one's input.
     factor = 4.0 if "mlp" in case else 2.0
+
+    def in_dtype(actual):
+        # A float32 accumulator, or the gradient of a float32 parameter, is as good as the terms
+        # that it sums, which have the input's dtype.
+        return torch.finfo(dtype).eps / torch.finfo(actual.dtype).eps
+
     outputs, gradients = results(layer, x, pieces)
     with use_backend("reference"):
         own_outputs, own_gradients = results(layer, x, [145])
         exact_outputs, exact_gradients = results(deepcopy(layer).double(), x.double(), [145])
     for actual, own, exact in zip(outputs, own_outputs, exact_outputs, strict=True):
-        # A float32 accumulator is as good as the terms it sums, which have the input's dtype.
-        terms = torch.finfo(dtype).eps / torch.finfo(actual.dtype).eps
-        assert_within_budget(actual, own, exact, scale=magnitude(exact) * terms, factor=factor)
+        terms = magnitude(exact) * in_dtype(actual)
+        assert_within_budget(actual, own, exact, scale=terms, factor=factor)
     # Gradients meet on their way, and small ones are differences of large ones.
     scale = max(magnitude(g) for g in exact_gradients)
     for actual, own, exact in zip(gradients, own_gradients, exact_gradients, strict=True):
-        assert_within_budget(actual, own, exact, scale=scale, factor=factor)
+        terms = scale * in_dtype(actual)
+        assert_within_budget(actual, own, exact, scale=terms, factor=factor)
