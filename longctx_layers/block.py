@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx_layers.layers import AttentionLayer
-from longctx_layers.layers.base import draw_linear, mark_drawn
+from longctx_layers.layers.init import draw_linear, mark_drawn
 
 
 class SwiGLU(nn.Module):

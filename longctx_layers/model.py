@@ -15,7 +15,7 @@ from longctx_layers import generation, pretrained
 from longctx_layers.block import Block
 from longctx_layers.config import ModelConfig
 from longctx_layers.layers import build_layer
-from longctx_layers.layers.base import draw_linear, draw_weight, mark_drawn
+from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
 from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.layers.pieces import works_by_token
 from longctx_layers.ops.checks import (
@@ -79,6 +79,9 @@ class LongContextLM(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(width, config.vocab_size, bias=False, **where)
         self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
+        for end in (self.embedding, self.head):
+            if end is not None:
+                end.first_scale = 1.0  # type: ignore[assignment]
         for projection in self._into_residual():
             projection.first_scale = (2 * len(self.blocks)) ** -0.5
         self._init_ends()
@@ -97,9 +100,9 @@ class LongContextLM(nn.Module):
 
     def _init_ends(self) -> None:
         # Both ends of the model and of each branch; the rest has initialised itself.
-        draw_weight(self.embedding.weight)
-        if self.head is not None:
-            draw_linear(self.head)
+        for end in (self.embedding, self.head):
+            if end is not None:
+                draw_own(end)
         for projection in self._into_residual():
             draw_linear(projection)
         mark_drawn(self)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx_layers.config import ModelConfig
-from longctx_layers.layers.base import mark_drawn
+from longctx_layers.layers.init import mark_drawn
 
 if TYPE_CHECKING:
     from longctx_layers.model import LongContextLM

@@ -26,7 +26,7 @@ from longctx_layers.convert.attention import ConvertedAttention, hand_over_segme
 from longctx_layers.convert.families import Site, attention_sites, build_like, find_decoder
 from longctx_layers.convert.model import adopt, converted_class
 from longctx_layers.layers import layer_options
-from longctx_layers.layers.base import mark_drawn
+from longctx_layers.layers.init import mark_drawn
 from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.ops.checks import expect_positive
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from longctx_layers.hf.generation import GeneratesWithPads
-from longctx_layers.layers.base import draw_own
+from longctx_layers.layers.init import draw_own
 
 
 class ConvertedModel:

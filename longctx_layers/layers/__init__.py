@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longctx_layers.layers.base import AttentionLayer, KeyValueState, Projection, draw_own
+from longctx_layers.layers.base import AttentionLayer, KeyValueState, Projection
 from longctx_layers.layers.bigbird import BigBird
 from longctx_layers.layers.blade import BLADE, BLADEState
 from longctx_layers.layers.causal import CausalAttention
@@ -78,7 +78,6 @@ __all__ = [
     "RopeScaling",
     "build_layer",
     "detach_state",
-    "draw_own",
     "layer_options",
     "map_state",
     "select_rows",

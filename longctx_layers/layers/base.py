@@ -18,6 +18,7 @@ from longctx_layers.layers.checks import (
     check_state,
     is_activation_dtype,
 )
+from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
 from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.pieces import by_rows, lengths, may_divide
 from longctx_layers.layers.rotary import RopeScaling, rotary_table, rotate
@@ -25,66 +26,6 @@ from longctx_layers.layers.state import Field, Rows, arrange, tail, usable_in_tr
 from longctx_layers.ops import FarKeys, Segments, sparse_attention
 from longctx_layers.ops.checks import expect_number, expect_positive
 from longctx_layers.ops.gated_norms import head_norm
-
-
-def draw_weight(weight: Tensor, scale: float = 1.0) -> None:
-    """Draw `[outputs, inputs]` anew: normal, `std = scale / sqrt(inputs)`, which keeps a variance.
-
-    Source: LeCun et al., Efficient BackProp, 1998.
-    """
-    nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
-
-
-def draw_linear(linear: nn.Linear) -> None:
-    """Draw a projection: its weight with the `first_scale` that its owner gave it; bias zero."""
-    draw_weight(linear.weight, getattr(linear, "first_scale", 1.0))
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
-
-
-def draw_own(module: nn.Module) -> bool:
-    """Draw the parameters that a module of this library holds itself, without those of its parts.
-
-    Returns:
-        False for the modules of others, which are left as they are.
-    """
-    if isinstance(module, nn.Linear) and hasattr(module, "first_scale"):
-        draw_linear(module)
-        return True
-    draw = getattr(module, "draw_own", None)
-    if draw is not None:
-        draw()
-    return draw is not None
-
-
-# Transformers replaces the functions of torch.nn.init where it draws weights itself.
-_NORMAL = nn.init.normal_
-
-
-def already_drawn(parameter: Tensor) -> bool:
-    """Whether transformers is drawing what a checkpoint lacked, and this parameter was loaded."""
-    return nn.init.normal_ is not _NORMAL and getattr(parameter, "_is_hf_initialized", False)
-
-
-def set_first(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter its first value, unless it is `already_drawn`.
-
-    The functions of `torch.nn.init` need no such check: transformers guards them.
-    """
-    if not already_drawn(parameter):
-        parameter.copy_(value)
-
-
-def mark_drawn(module: nn.Module) -> None:
-    """Mark weights as initialised, so that no later `init_weights` of transformers redraws them.
-
-    Nothing is marked on the meta device, where there are no values, or where transformers draws
-    weights itself, and marks them.
-    """
-    if nn.init.normal_ is not _NORMAL or any(p.is_meta for p in module.parameters()):
-        return
-    for part in module.modules():
-        part._is_hf_initialized = True  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

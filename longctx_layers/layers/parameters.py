@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from longctx_layers.layers.init import draw_own
+
 # What stays in float32 in a model of any dtype, in the form that transformers asks for.
 FULL_PRECISION = ("state_space.A_log", "state_space.dt_bias", "state_space.log_rate")
 
@@ -33,6 +35,10 @@ class SpecialParameters(nn.Module):
     no_decay: ClassVar[tuple[str, ...]] = ()
     full_precision: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _inform_transformers()
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's; low precision is widened, and the declaration marked on the parameter."""
         if param is not None and name in self.full_precision:
@@ -43,6 +49,7 @@ class SpecialParameters(nn.Module):
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         self._mark()
+        _inform_transformers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if recurse:
@@ -68,7 +75,6 @@ class SpecialParameters(nn.Module):
         for name in self.no_decay:
             if (parameter := self._parameters.get(name)) is not None:
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]
-        _inform_transformers()
 
 
 class Gate(SpecialParameters, nn.Linear):
@@ -103,14 +109,21 @@ def _widened(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _inform_transformers() -> None:
-    """Let transformers' Trainer see the declarations.
+    """Let transformers know of these modules where it has no place to ask them.
+
+    It happens as soon as a layer exists beside transformers, whose import nobody else pays for.
+    """
+    if "transformers" in sys.modules:
+        _inform_trainer()
+        _inform_loader()
+
+
+def _inform_trainer() -> None:
+    """Let transformers' Trainer see what takes no weight decay.
 
     It decides by the names of parameters and the classes of modules, and asks no model. So its
-    function that lists names gets a wrapper, as soon as a layer exists beside transformers, whose
-    import nobody else has to pay for.
+    function that lists names gets a wrapper.
     """
-    if "transformers" not in sys.modules:
-        return
     utils: Any = importlib.import_module("transformers.trainer_pt_utils")
     original = getattr(utils, "get_parameter_names", None)
     if original is None:
@@ -135,3 +148,26 @@ def _inform_transformers() -> None:
     trainer = sys.modules.get("transformers.trainer")
     if getattr(trainer, "get_parameter_names", None) is original:
         trainer.get_parameter_names = get_parameter_names  # type: ignore[union-attr]
+
+
+def _inform_loader() -> None:
+    """Let `from_pretrained` of any model of transformers draw the weights that a checkpoint lacks.
+
+    transformers asks the outermost model to draw each module's own parameters, and a model that
+    only contains these layers knows nothing of them: they would stay uninitialised memory.
+    """
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
+    base: Any = getattr(modeling, "PreTrainedModel", None)
+    original = getattr(base, "_initialize_weights", None)
+    if original is None or hasattr(original, "draws_layers"):
+        return
+
+    @functools.wraps(original)
+    def _initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not getattr(module, "_is_hf_initialized", False) and draw_own(module):
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        else:
+            original(self, module, *args, **kwargs)
+
+    _initialize_weights.draws_layers = True  # type: ignore[attr-defined]
+    base._initialize_weights = _initialize_weights

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx_layers.layers.base import AttentionLayer, already_drawn, set_first
+from longctx_layers.layers.base import AttentionLayer
+from longctx_layers.layers.init import already_drawn, set_first
 from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.state import tail
 from longctx_layers.ops import Segments, conv_silu, diagonal_scan

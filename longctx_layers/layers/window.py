@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx_layers.layers.base import AttentionLayer, Projection, set_first
+from longctx_layers.layers.base import AttentionLayer, Projection
+from longctx_layers.layers.init import set_first
 from longctx_layers.layers.state import Field
 from longctx_layers.ops import FarKeys, Segments
 from longctx_layers.ops.checks import expect_count, expect_positive

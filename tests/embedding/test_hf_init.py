@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from longctx_layers import BLADE, DPASSM, LongContextLM
+from longctx_layers import BLADE, DPASSM, CausalAttention, LongContextLM
 from longctx_layers.convert import convert_attention, load_converted
 from longctx_layers.hf import LongCtxConfig, LongCtxForCausalLM
-from longctx_layers.layers.base import draw_own
 from longctx_layers.testing import small_model
 
 WEIGHTS = "model.safetensors"
@@ -41,7 +40,7 @@ class BareConfig(PreTrainedConfig):
 
 
 class Bare(PreTrainedModel):
-    """Another model with layers of ours, as docs/huggingface.md has it."""
+    """Another model of transformers that contains these layers and a whole native model."""
 
     config_class = BareConfig
     base_model_prefix = "bare"
@@ -52,12 +51,10 @@ class Bare(PreTrainedModel):
         self.second = BLADE(16, 2, chunk_size=4, state_dim=4, n_memory_tokens=2)
         self.third = DPASSM(16, 2, window_size=4, ssm_state_dim=4, ssm="diagonal")
         self.fourth = BLADE(16, 2, chunk_size=4, state_dim=4, state_update="mlp")
+        self.fifth = CausalAttention(16, 2)
+        self.native = LongContextLM(small_model("dpassm", "blade").config)
         self.own = nn.Linear(16, 16)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if not draw_own(module):
-            super()._init_weights(module)
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
