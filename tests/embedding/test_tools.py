@@ -3,6 +3,7 @@
 torch.compile, torch.export and DDP of a single call are in tests/layers.
 """
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,10 @@ def test_gradients_of_each_sample(case):
 @pytest.fixture
 def quantize():
     torchao = pytest.importorskip("torchao.quantization", reason="needs the package torchao")
-    return lambda module: torchao.quantize_(module, torchao.Int8WeightOnlyConfig(version=2))
+    config = torchao.Int8WeightOnlyConfig
+    if "version" not in inspect.signature(config).parameters:
+        pytest.skip("this torchao's int8 weights are not yet those of version 2")
+    return lambda module: torchao.quantize_(module, config(version=2))
 
 
 def dequantized(module):

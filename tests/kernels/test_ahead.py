@@ -14,6 +14,8 @@ from ahead import MATRIX_PRODUCTS, TARGETS, compiled_for, loop_lengths, matrix_f
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 ATOMICS = "RED\\.|REDG|ATOM\\.|ATOMG|global_atomic|buffer_atomic"  # on global memory
 COPIES = "LDGSTS|UTMALDG|UBLKCP"  # asynchronous, from global to shared memory
+# Registers are counted of the Triton that the kernels were tuned with: with another, spills are.
+TUNED = json.loads(launches.BASELINE.read_text())["triton"] == triton.__version__
 slow = pytest.mark.slow
 
 # Ada's compiler is Ampere's, and Blackwell's loops hide more than the others' (see below).
@@ -40,7 +42,8 @@ def test_diagonal(target, invariant, packed):
     assert names == ["_tile_ends", "_pass_on", "_scan", "_tile_ends", "_pass_on", "_scan_back"]
     for kernel in found:
         assert kernel.spills == 0
-        assert kernel.registers <= 80  # many programs at once hide the latency of their loads
+        # Many programs at once hide the latency of their loads.
+        assert not TUNED or kernel.registers <= 80
         assert kernel.count("LDG|global_load|buffer_load") > 0
         assert kernel.count(ATOMICS) == 0
 
@@ -53,7 +56,7 @@ def test_gated_norms(target, dim):
     assert [kernel.name for kernel in found] == ["_forward", "_backward"]
     for kernel in found:
         assert kernel.spills == 0
-        assert kernel.registers <= (128 if dim <= 64 else 168)
+        assert not TUNED or kernel.registers <= (128 if dim <= 64 else 168)
         if dim != 48 and not target.startswith("gfx"):
             assert kernel.count(r"LDG\.E\.128|LDG\.E\.\w+\.128") >= 3  # z, o and s
 
@@ -66,7 +69,7 @@ def test_conv_silu(target, packed):
     assert [kernel.name for kernel in found] == ["_forward", "_through_silu", "_gather"]
     for kernel in found:
         assert kernel.spills == 0
-        assert kernel.registers <= 160
+        assert not TUNED or kernel.registers <= 160
         assert kernel.count(ATOMICS) == 0
 
 
