@@ -101,7 +101,10 @@ WAYS: dict[str, Callable[[AttentionLayer, Tensor], list[Tensor]]] = {
 @DTYPES
 @torch.no_grad()
 def test_the_bound_where_bits_may_differ(case, dtype):
+    torch.manual_seed(0)
     layer, x = small_layer(case, dtype=dtype), torch.randn(1, LENGTH, 16).to(dtype)
+    # Around BLADE's loop over chunks the rounding of one is the next one's input.
+    factor = 4.0 if "mlp" in case else 2.0
     whole = at_once(layer, x)
     with use_backend("reference"):
         exact = at_once(deepcopy(layer).double(), x.double())
@@ -109,7 +112,8 @@ def test_the_bound_where_bits_may_differ(case, dtype):
         for found, own, true in zip(run(layer, x), whole, exact, strict=True):
             if found.is_floating_point() and found.numel():
                 try:
-                    assert_within_budget(found, own, true, scale=true.abs().max().item())
+                    scale = true.abs().max().item()
+                    assert_within_budget(found, own, true, scale=scale, factor=factor)
                 except AssertionError as error:
                     raise AssertionError(f"{way}: {error}") from error
             else:
