@@ -132,12 +132,20 @@ def facts(path: Path) -> Facts:
     """The facts of a file, without reading its tensors; of a damaged one those of its name."""
     modified = path.stat().st_mtime_ns
     try:
+        _verify_pickle(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         run = found.get("callbacks", {}).get(CALLBACK, {}).get("run")
         return Facts(path, found["global_step"], run, modified)
     except Exception:  # a file may hold anything
         named = re.search(r"step=(\d+)", path.name)
         return Facts(path, int(named[1]) if named else -1, None, modified, readable=False)
+
+
+def _verify_pickle(path: Path) -> None:
+    """Compare the checksum of the record with everything but the tensors; torch does not."""
+    with zipfile.ZipFile(path) as file:
+        (name,) = (name for name in file.namelist() if name.endswith("/data.pkl"))
+        file.read(name)  # raises BadZipFile where the checksum differs
 
 
 def folder_facts(folder: Path) -> list[Facts]:
@@ -183,7 +191,7 @@ def newest_checkpoint(root: str | os.PathLike[str], *, skip_damaged: bool = Fals
             break
         damaged.append(one.path)
     if damaged and not (skip_damaged and intact):
-        remedy = "there is no intact one"
+        remedy = "there is no intact one of the run that wrote last"
         if intact is not None:
             remedy = (
                 f"the newest intact one is {intact}: pass it as --ckpt_path, or "

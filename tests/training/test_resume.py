@@ -1,5 +1,6 @@
 """A run that is killed and resumed gives bit for bit the losses of one that was not."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -101,6 +102,31 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path):
         io.save_checkpoint({"n": 2, "x": lambda: None}, path)
     assert io.load_checkpoint(path) == {"n": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["c.ckpt"]
+
+
+@pytest.mark.parametrize("flipped", ["global_step", "run", "weights"])
+def test_a_flipped_bit_in_the_newest_checkpoint_is_reported(flipped, tmp_path):
+    """Also where the file still loads, and says that it is of another step or run."""
+    paths = {step: tmp_path / f"checkpoints/step={step:08d}.ckpt" for step in (2, 4, 6)}
+    for step, path in paths.items():
+        saved = {"callbacks": {"Checkpoints": {"run": "abab"}}, "x": torch.full((64,), float(step))}
+        AtomicCheckpointIO().save_checkpoint({"global_step": step, **saved}, path)
+        os.utime(path, (step, step))
+    assert newest_checkpoint(tmp_path) == paths[6]
+    content = bytearray(paths[6].read_bytes())
+    marks = {
+        "global_step": b"K\x06",  # how pickle writes 6; the flipped bit makes it 2
+        "run": b"\x61bab",
+        "weights": torch.tensor(6.0).numpy().tobytes(),
+    }
+    place = content.index(marks[flipped], content.index(b"global_step"))
+    content[place + (flipped == "global_step")] ^= 4
+    paths[6].write_bytes(content)
+    os.utime(paths[6], (6, 6))
+    expected = f"got {paths[6]}, which has changed .*; the newest intact one is {paths[4]}:"
+    with pytest.raises(ValueError, match=expected):
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path, skip_damaged=True) == paths[4]
 
 
 def test_loading_runs_no_code(tmp_path):
