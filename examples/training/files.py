@@ -10,6 +10,7 @@ import bz2
 import codecs
 import gzip
 import io
+import json
 import lzma
 import re
 import zlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 HEAD = 1024  # bytes that tell what a file is
+JSON_HEAD = 1 << 16  # characters that tell whether a text file is JSON
 SUFFIXES = {
     "json": (".json", ".jsonl", ".ndjson", ".jsonlines", ".jl"),
     "csv": (".csv", ".tsv", ".tab"),
@@ -54,6 +56,7 @@ UNREAD = {
 }
 UNREAD_SUFFIXES = {".orc": "ORC", ".avro": "Avro", ".pkl": "a pickle", ".dta": "a Stata file"}
 # An object of JSON, or arrays around one: a text file that begins like this holds records.
+BLANK = " \t\r\n\ufeff"  # also byte-order marks, which joined files can have anywhere
 JSON_RECORD = re.compile(r'\s*(\[\s*)*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
@@ -147,12 +150,54 @@ def plain_suffix(path: Path) -> str:
 def check_no_records(path: Path) -> None:
     """Raise for JSON under the name of a text file, which would be trained on as it is written."""
     with opened(path) as file:
-        head = file.read(HEAD)
-    if JSON_RECORD.match(head.decode(encoding_of(head), errors="ignore")):
+        encoding = encoding_of(file.read(4))
+    start = ""
+    with (
+        failing_as(path, "a whole file"),
+        io.TextIOWrapper(opened(path), encoding=encoding, errors="ignore") as text,
+    ):
+        while not start and (piece := text.read(JSON_HEAD)):
+            start = piece.lstrip(BLANK)
+        start += text.read(JSON_HEAD)
+    if JSON_RECORD.match(start) or _is_json(start, cut=len(start) >= JSON_HEAD):
         raise DataError(
             f"{path}: expected text, got JSON under the suffix {path.suffix or '(none)'}; name it "
             ".json or .jsonl, or keep it elsewhere"
         )
+
+
+def _is_json(start: str, cut: bool) -> bool:
+    """Whether a text begins with a record, or is arrays, objects or several strings throughout.
+
+    Numbers alone and one quoted line are taken for text.
+
+    Args:
+        cut: whether it is the beginning of a longer text.
+    """
+    decoder = json.JSONDecoder(parse_int=len)  # `int` refuses numbers with thousands of digits
+    kinds = []
+    position = 0
+    while position < len(start):
+        try:
+            value, position = decoder.raw_decode(start, position)
+        except RecursionError:
+            kinds.append(list)
+            break
+        except json.JSONDecodeError as error:
+            at_end = error.pos > len(start) - 8 or error.msg.startswith("Unterminated string")
+            if not (cut and at_end):
+                return False
+            kinds.append({"[": list, "{": dict}.get(start[position], type(None)))
+            break
+        if value and isinstance(value, dict):
+            return True
+        kinds.append(type(value))
+        rest = start[position:].lstrip(BLANK)
+        if rest and start[position] not in BLANK:
+            return False
+        position = len(start) - len(rest)
+    strings = kinds.count(str) > 1 and set(kinds) <= {str, type(None)}
+    return strings or list in kinds or dict in kinds
 
 
 def encoding_of(head: bytes) -> str:

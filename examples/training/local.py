@@ -12,7 +12,7 @@ from pathlib import Path
 
 from training.files import DataError, check_no_records, failing_as, kind_of, lines, text_file
 
-READING = "2"  # raised when the same files give other documents, so that older ones are not used
+READING = "3"  # raised when the same files give other documents, so that older ones are not used
 LONGEST, SHORTEST = 1 << 20, 1 << 12  # characters of the documents that a text file is cut into
 PIECES = 64  # that a lone text file is cut into, where these limits let it
 SIDE_FILES = ("_SUCCESS", "_metadata", "_common_metadata")  # that others write beside Parquet
@@ -126,7 +126,7 @@ def fingerprint(paths: list[Path], root: Path) -> str:
     """Equal for equal files with equal names under `root`."""
     whole = hashlib.blake2b(READING.encode(), digest_size=16)
     for path in paths:
-        whole.update(str(path.relative_to(root)).encode() + b"\0")
+        whole.update(os.fsencode(path.relative_to(root)) + b"\0")
         one = hashlib.blake2b()
         with path.open("rb") as file:
             while piece := file.read(1 << 20):

@@ -14,7 +14,8 @@ from typing import Any
 from training.files import DataError, lines, plain_suffix
 from training.tables import READABLE, missing, short, table_columns, table_values
 
-LOOKED_AT = 1000  # records of JSON that tell which columns there are
+LOOKED_AT = 1000  # records of each JSON file that tell which columns there are
+STRINGS = ("string", "bytes", "binary")  # `binary` is what `datasets` calls bytes
 NESTED = ("a list", "an object")
 UNSURE = "perhaps a text, in a file without a header"
 csv.field_size_limit(2**31 - 1)
@@ -28,13 +29,13 @@ def choose_column(columns: Mapping[str, str], asked: str | None, where: str) -> 
 
     Args:
         columns: their types by name; text is `string`.
-        asked: what the user named; None for `text`, or the only column of strings where no other
-            is nested.
+        asked: what the user named; None for `text`, or the only column of strings or bytes where
+            no other is nested.
 
     Raises:
         DataError: if it is not there or holds no text, or cannot be told.
     """
-    strings = [name for name, kind in columns.items() if kind == "string"]
+    strings = [name for name, kind in columns.items() if kind in STRINGS]
     column = asked
     if column is None and "text" in columns:
         column = "text"
@@ -62,34 +63,58 @@ def columns_of(path: Path, kind: str) -> dict[str, str]:
     if kind == "json":
         found: dict[str, str] = {}
         for _, record in islice(_json_records(path), LOOKED_AT):
-            for name, value in record.items():
-                if found.get(name, "null") == "null":
-                    found[name] = _json_type(value)
+            _add_columns(found, {name: _json_type(value) for name, value in record.items()})
         return found
     return table_columns(path)
 
 
 def column_of(paths: Sequence[Path], kind: str, asked: str | None) -> str:
-    """The column to read in all of these files: chosen in the first that has records.
+    """The column to read in all of these files.
+
+    A column that is named, or `text`, is looked for in the first file that has records; without
+    either, the columns of all files decide.
 
     Raises:
         DataError: see `choose_column`.
     """
+    found: dict[str, str] = {}
+    seen: list[Path] = []
     for path in paths:
         if columns := columns_of(path, kind):
-            return choose_column(columns, asked, str(path))
-    return asked or "text"
+            seen.append(path)
+            _add_columns(found, columns)
+            if asked is not None or "text" in found:
+                break
+    if not seen:
+        return asked or "text"
+    more = f" and {len(seen) - 1} more files" if len(seen) > 1 else ""
+    return choose_column(found, asked, f"{seen[0]}{more}")
 
 
-def texts_of(path: Path, kind: str, column: str) -> Iterator[str]:
+def _add_columns(found: dict[str, str], columns: Mapping[str, str]) -> None:
+    """Add columns to those found before; a type with text replaces one without."""
+    for name, kind in columns.items():
+        before = found.get(name, "null")
+        if before == "null" or (kind in STRINGS and before not in (*STRINGS, *NESTED)):
+            found[name] = kind
+
+
+def texts_of(path: Path, kind: str, column: str, guessed: bool = False) -> Iterator[str]:
     """The texts of a column, without those that are null, empty or missing.
 
+    Args:
+        guessed: whether the column was chosen as the only one with text, rather than by its name.
+
     Raises:
-        DataError: with file and line, for records that cannot be read, and values that are no
-            text; with the file, if none of its records has the column.
+        DataError: with file and line, for records that cannot be read, values that are no text,
+            and, if the column is guessed, JSON records with another that it could have been; with
+            the file, if none of its records has the column.
     """
-    read = {"json": _json_column, "csv": _csv_column}.get(kind, table_values)
-    for place, value in read(path, column):
+    if kind == "json":
+        values = _json_column(path, column, guessed)
+    else:
+        values = (_csv_column if kind == "csv" else table_values)(path, column)
+    for place, value in values:
         if isinstance(value, bytes):
             try:
                 value = value.decode()
@@ -134,9 +159,11 @@ def _json_type(value: Any) -> str:
     return "a list" if isinstance(value, list) else f"the {type(value).__name__} {value!r:.40}"
 
 
-def _json_column(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+def _json_column(path: Path, column: str, guessed: bool) -> Iterator[tuple[str, Any]]:
     found, names = False, dict[str, None]()
     for place, record in _json_records(path):
+        if guessed:
+            _check_only_text(place, record, column)
         if column in record:
             found = True
             yield place, record[column]
@@ -144,6 +171,18 @@ def _json_column(path: Path, column: str) -> Iterator[tuple[str, Any]]:
             names |= dict.fromkeys(islice(record, 8))
     if names and not found:
         raise missing(path, column, names)
+
+
+def _check_only_text(place: str, record: dict[str, Any], column: str) -> None:
+    """Raise for a record with text in another column: the first `LOOKED_AT` did not show it."""
+    for name, value in record.items():
+        kind = _json_type(value)
+        if name != column and kind in (*STRINGS, *NESTED):
+            raise DataError(
+                f"{place}: expected text under {column!r} alone, as in the records looked at "
+                f"to choose it, got {kind} under {short(name)!r}; name the column to read with "
+                "--data.text_column"
+            )
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -161,8 +200,9 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     elif begin:
         try:
             whole = json.loads("".join(line for _, line in lines(path)))
-        except (json.JSONDecodeError, RecursionError) as error:
-            place = f"{path}:{getattr(error, 'lineno', 1)}"
+        except (ValueError, RecursionError) as error:
+            number = getattr(error, "lineno", None if len(begin) > 1 else begin[0][0])
+            place = f"{path}:{number}" if number else str(path)
             raise DataError(f"{place}: expected JSON ({error}); mend it") from error
         yield from _records_of(path, whole)
 
@@ -170,7 +210,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _json_object(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also of integers with too many digits
         return None
     return value if isinstance(value, dict) else None
 
@@ -179,7 +219,7 @@ def _json_line(path: Path, number: int, line: str) -> tuple[str, dict[str, Any]]
     place = f"{path}:{number}"
     try:
         value = json.loads(line.strip())
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{place}: expected a JSON object on the line ({error}); mend or remove it"
         ) from error
@@ -193,7 +233,7 @@ def _json_line(path: Path, number: int, line: str) -> tuple[str, dict[str, Any]]
 
 def _records_of(path: Path, whole: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(whole, dict) and whole:
-        if all(isinstance(values, dict) for values in whole.values()):
+        if _is_by_index(whole):
             whole = {name: list(values.values()) for name, values in whole.items()}
         lengths = {len(v) if isinstance(v, list) else -1 for v in whole.values()}
         if len(lengths) == 1 and -1 not in lengths:  # columns, as pandas and `datasets` have them
@@ -211,6 +251,20 @@ def _records_of(path: Path, whole: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 '{"text": "..."}'
             )
         yield place, record
+
+
+def _is_by_index(whole: dict[str, Any]) -> bool:
+    """Whether these are columns of values by row number, as pandas writes them by default.
+
+    Objects in one record, or records by row number (`orient="index"`), look alike but are not.
+    """
+    columns = list(whole.values())
+    return (
+        not all(name.isdecimal() for name in whole)
+        and all(isinstance(values, dict) for values in columns)
+        and all(number.isdecimal() for number in columns[0])
+        and all(values.keys() == columns[0].keys() for values in columns)
+    )
 
 
 # ---- CSV

@@ -165,7 +165,10 @@ def _local(path: Path, text_column: str | None) -> Source:
             opened[name] = from_generator(local.documents, paths, lone=lone)
         else:
             column = records.column_of(paths, kind, text_column)
-            opened[name] = from_generator(records.texts_of, paths, kind=kind, column=column)
+            guessed = column not in (text_column, "text")
+            opened[name] = from_generator(
+                records.texts_of, paths, kind=kind, column=column, guessed=guessed
+            )
     return Source(opened["train"], opened.get("validation"), content_key(*keys))
 
 
@@ -229,6 +232,8 @@ def _type_of(feature: Any) -> str:
     dtype = getattr(feature, "dtype", "")
     if dtype in ("string", "large_string", "string_view"):
         return "string"
+    if dtype in ("binary", "large_binary", "binary_view"):
+        return "binary"
     if isinstance(feature, dict) or dtype == "dict":
         return "an object"
     return "a list" if isinstance(feature, list) or dtype == "list" else str(dtype)

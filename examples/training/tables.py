@@ -15,12 +15,19 @@ READABLE = ("string", "bytes", "null")
 
 
 def table_columns(path: Path) -> dict[str, str]:
-    """The columns of a table with their types, `string` for any of Arrow's for text."""
-    return {field.name: _type_name(field.type) for field in _opened_table(path, None)[0]}
+    """The columns of a table with their types, `string` for any of Arrow's for text.
+
+    None for a table without rows, whose types say nothing of the other files.
+    """
+    schema, batches = _opened_table(path, None)
+    with failing_as(path, "a whole file"):
+        if not any(batch.num_rows for batch in batches):
+            return {}
+    return {field.name: _type_name(field.type) for field in schema}
 
 
 def _opened_table(path: Path, column: str | None) -> tuple[Any, Iterator[Any]]:
-    """A file's schema, and its batches; of Parquet with one column alone."""
+    """A file's schema, and its batches; of Parquet with that column alone, or none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -33,7 +40,7 @@ def _opened_table(path: Path, column: str | None) -> tuple[Any, Iterator[Any]]:
             source = pa.memory_map(str(path))
         if kind == "parquet":
             whole = pq.ParquetFile(source)
-            columns = None if column is None else [column]
+            columns = [] if column is None else [column]
             return whole.schema_arrow, whole.iter_batches(ROWS_AT_ONCE, columns=columns)
         try:
             stored = pa.ipc.open_file(source)

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import shutil
 import tarfile
 import zipfile
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training.data import LongContextData
-from training.files import DataError
+from training.files import JSON_HEAD, DataError
+from training.records import LOOKED_AT
 from training.sources import from_generator, open_source, texts
 from training.split import is_held_out
 from transformers import PreTrainedTokenizerFast
@@ -118,6 +120,21 @@ REFUSED = {
     "two.jsonl": (b'{"a": "x", "b": "y"}', r"\(a, b\), got None"),
     "fields.csv": (b"text,a\nx,1\ny\n", "fields.csv:3: expected 2 fields"),
     "quotes.csv": (b'text,a\n"x,1\n', "quotes.csv:2: expected CSV"),
+    "late.jsonl": (
+        b'{"title": "a"}\n' * LOOKED_AT + b'{"title": "a", "text": "b"}',
+        rf"late.jsonl:{LOOKED_AT + 1}: .* got string under 'text'; name the column to read",
+    ),
+    "late_list.jsonl": (
+        b'{"body": "a"}\n' * LOOKED_AT + b'{"messages": []}',
+        rf"late_list.jsonl:{LOOKED_AT + 1}: .* got a list under 'messages'",
+    ),
+    "message.json": (b'{"text": {"role": "user", "content": "hi"}}', "text is an object"),
+    "index.json": (TABLE[:1].to_json(orient="index").encode(), "0 is an object"),
+    "digits.jsonl": (
+        b'{"text": "a"}\n{"id": ' + b"9" * 5000 + b"}",
+        "digits.jsonl:2: expected a J",
+    ),
+    "digits.json": (b'{"id": ' + b"9" * 5000 + b"}", r"digits.json:1: expected JSON \(Exceeds"),
     "headless.csv": (b"A sentence of words.\nAnother\n", "file without a header"),
 }
 
@@ -129,6 +146,50 @@ def test_refused_by_name(name, tmp_path):
     with pytest.raises(DataError, match=message) as error:
         read(tmp_path / name)
     assert name in str(error.value)
+
+
+JSON_AS_TEXT = {
+    "arrays in an array": '[[0, "a"],\n [1, "b"]]',
+    "strings in an array": '["a", "b"]',
+    "strings in lines": '"a"\n\n"b"\n',
+    "an empty record": '{}\n{"text": "a"}\n',
+    "a null before records": 'null\n{"text": "a"}\n{"te',
+    "blank lines": "\r\n" * JSON_HEAD + '{"text": "a"}',
+    "two byte-order marks": '\ufeff\ufeff{"text": "a"}',
+    "a long array": json.dumps(["word " * 100] * 200, indent=1),
+    "one long string": json.dumps(["word " * JSON_HEAD]),
+    "long lines of strings": f'"{"word " * 100}"\n' * 200,
+    "many digits": f"[{'9' * 5000}]",
+    "deep": "[" * JSON_HEAD,
+}
+TEXT = {
+    "numbers": "1\n2\n",
+    "digits": "3" * 5000,
+    "a quoted sentence": '"Hello."\n',
+    "dialogue": '"Hello."\n"Yes?"\nHe nodded.\n',
+    "Markdown": "[1]\n[2]: a note\n\n[a link](b)\n",
+    "a book": "[Illustration]\n\n" + "A sentence.\n" * 9000,
+    "a docstring": '"""A module."""',
+    "a list literal": "[1,\n 2]\nprint(1)\n",
+    "a template": "{{ name }}\n{% if x %}",
+    "blank": " \n",
+}
+
+
+@pytest.mark.parametrize("name", JSON_AS_TEXT)
+def test_json_under_another_suffix_is_refused(name, tmp_path):
+    for suffix in ("txt", "log", "txt.gz"):
+        content = JSON_AS_TEXT[name].encode()
+        path = tmp_path / f"a.{suffix}"
+        path.write_bytes(gzip.compress(content) if suffix == "txt.gz" else content)
+        with pytest.raises(DataError, match=f"a.{suffix}: expected text, got JSON"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_that_begins_like_json_is_read(name, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT[name])
+    assert "".join(read(tmp_path / "a.txt")) == TEXT[name]
 
 
 def test_archives_and_columns_of_no_text_are_refused(tmp_path):
@@ -180,6 +241,38 @@ def test_columns_that_differ_and_files_without_rows(suffix, tmp_path):
     write(more.drop(columns="text"), tmp_path / f"4.{suffix}")
     with pytest.raises(DataError, match=f"4.{suffix}: expected a column 'text'.* got meta; rename"):
         read(tmp_path)
+
+
+def test_a_column_that_is_not_named_is_chosen_by_all_files(tmp_path):
+    def folder(name, *tables):
+        (tmp_path / name).mkdir()
+        for number, table in enumerate(tables):
+            path = tmp_path / name / str(number)
+            if isinstance(table, str):
+                path.with_suffix(".jsonl").write_text(table)
+            else:
+                pq.write_table(pa.table(table), path.with_suffix(".parquet"))
+        return tmp_path / name
+
+    both = '{"title": "b", "text": "c"}'
+    with pytest.raises(DataError, match="0.jsonl: expected a column 'text'"):
+        read(folder("text later", '{"title": "a"}', both))
+    with pytest.raises(DataError, match=r"\(title, body\), got None in .*0.jsonl and 1 more files"):
+        read(folder("another later", '{"title": "a"}', both.replace("text", "body")))
+    assert read(tmp_path / "another later", "title") == ["a", "b"]
+    with pytest.raises(DataError, match=r"\(content, url\), got None .*where content is bytes"):
+        read(folder("bytes", {"content": [b"a"], "url": ["b"]}))
+    assert read(folder("bytes alone", {"content": [b"a"], "id": [1]})) == ["a"]
+    null = pa.nulls(1)
+    assert read(folder("null", {"body": null, "id": [1]}, {"body": ["a"], "id": [2]})) == ["a"]
+    assert read(folder("null JSON", '{"body": null}', '{"body": "a"}')) == ["a"]
+    assert read(folder("no rows", {"title": pa.array([], pa.string())}, {"text": ["a"]})) == ["a"]
+
+
+def test_names_of_files_that_are_not_in_utf8(tmp_path):
+    for name in (b"gr\xfc\xdf.jsonl", b"gr\xfc.jsonl"):
+        (tmp_path / os.fsdecode(name)).write_text('{"text": "a"}')
+    assert read(tmp_path) == ["a", "a"]
 
 
 def test_links_and_side_files(tmp_path):
