@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch.testing import assert_close
 
 from longctx_layers import pretrained
@@ -93,6 +94,16 @@ def test_interrupted_save_leaves_the_old_files(
         small_model("dpassm", seed=1).save_pretrained(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert_close(LongContextLM.from_pretrained(tmp_path)(IDS), model(IDS))
+
+
+def test_failed_save_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(weights: Any, path: Path, **_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(pretrained, "save_file", full)
+    with pytest.raises(OSError, match="could not write .*No space left"):
+        small_model("window").save_pretrained(tmp_path / "new/model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_options_write_nothing(tmp_path: Path) -> None:
@@ -183,6 +194,17 @@ def test_weights_of_another_model(saved: Path, change: dict[str, Any], message: 
     edit_config(saved, model=change)
     with pytest.raises(ValueError, match=message):
         LongContextLM.from_pretrained(saved)
+
+
+def test_changed_weights_are_noticed(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="the weights have changed since they were saved"):
+        LongContextLM.from_pretrained(saved)
+    edit_config(saved, weights_crc32=None)  # as models saved before there was one
+    LongContextLM.from_pretrained(saved)
 
 
 def test_weights_are_plain_safetensors(saved: Path) -> None:

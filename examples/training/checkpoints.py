@@ -176,11 +176,16 @@ def newest_checkpoint(root: str | os.PathLike[str], *, skip_damaged: bool = Fals
     own = _by_progress(folder)
     damaged = []
     for one in folder_facts(folder):
-        # One that may be of this run and ahead of the others, as far as its name and time tell.
-        if not one.readable and (
-            not own
-            or one.modified > own[0].modified
-            or (one.step > own[0].step and one.modified >= min(o.modified for o in own))
+        # One that may be of this run and ahead of the others, as far as its name and time tell. A
+        # file with another name is none of ours.
+        if (
+            not one.readable
+            and one.step >= 0
+            and (
+                not own
+                or one.modified > own[0].modified
+                or (one.step > own[0].step and one.modified >= min(o.modified for o in own))
+            )
         ):
             damaged.append(one.path)
     damaged.sort(reverse=True)

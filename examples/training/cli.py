@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 import warnings
+from argparse import Namespace
 from typing import Any, NoReturn
 
 import lightning as L
@@ -119,7 +120,7 @@ class CLI(LightningCLI):
         self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
         options = self.config[command].model
         differing = []
-        for name, value in vars(self.given.get("model", {})).items():
+        for name, value in vars(self.given.get("model", Namespace())).items():
             if name in HOW:
                 options[name] = value
             elif value != options[name]:

@@ -298,8 +298,8 @@ class LanguageModel(L.LightningModule):
             )
         loss = self.validation_totals[0] / self.validation_totals[1]
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
-        if self.trainer.state.fn == "validate":
-            self.log("step", float(self.trained_steps))  # by which Lightning's loggers go
+        # Lightning would log them under the step before, and without training under 0.
+        self.log("step", float(self.trained_steps))
 
     @property
     def trained_steps(self) -> int:

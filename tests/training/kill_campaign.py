@@ -212,10 +212,11 @@ def campaign(kind: str, kills: int, folder: Path, seed: int) -> str:
             done, in_a_row = done + 1, in_a_row + 1
             continue
         compare(folder / "whole", folder / root)
-        resumed += (folder / f"{root}.log").read_text().count(f"=last: {root}/checkpoints")
+        said = (folder / f"{root}.log").read_text()
+        resumed += said.count(f"=last: {root}/checkpoints") // (1 + ("devices=2" in str(flags)))
         finished, most, in_a_row = finished + 1, max(most, in_a_row), 0
     return (
-        f"{kind}: {done} kills, up to {most} of one run; resumed {resumed} times; "
+        f"{kind}: {done} kills, up to {most} of one run; {resumed} resumed from a file; "
         f"{finished} runs compared, all equal"
     )
 

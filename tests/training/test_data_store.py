@@ -1,8 +1,10 @@
 """The token store: whole or absent, made once, mapped; and the split of its documents."""
 
+import errno
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from training.folders import write_once
+from training.folders import StorageError, write_once
 from training.split import is_held_out, split
 from training.store import in_memory, prepare
 from training.tokenization import ByteTokenizer, train_bpe
@@ -63,6 +65,42 @@ def test_made_once_and_mapped(tmp_path):
     sent = pickle.dumps(again)
     assert len(sent) < 500  # its place, not its tokens
     assert isinstance(pickle.loads(sent).tokens, np.memmap)
+
+
+@pytest.mark.parametrize("damaged", ["tokens.bin", "ends.npy", "digests.npy", "store.json"])
+@pytest.mark.parametrize("left", ["one less", "half", "none", "no file"])
+def test_damaged_files_are_noticed(damaged, left, tmp_path):
+    prepare(tmp_path / "tokens", ["one", "two"], ["three"], ByteTokenizer())
+    path = tmp_path / "tokens" / damaged
+    size = path.stat().st_size
+    if left == "no file":
+        path.unlink()
+    else:
+        # The last byte of the facts is the end of a line.
+        less = 2 if damaged == "store.json" else 1
+        os.truncate(path, {"one less": size - less, "half": size // 2, "none": 0}[left])
+    with pytest.raises(ValueError, match="expected whole tokenised data in .*remove that folder"):
+        prepare(tmp_path / "tokens", [], [], ByteTokenizer())
+
+
+def test_longer_tokens_and_another_index_are_noticed(tmp_path):
+    for name, text in (("one", "one"), ("other", "quite another")):
+        prepare(tmp_path / name, [text], [], ByteTokenizer())
+    shutil.copy(tmp_path / "other/tokens.bin", tmp_path / "one/tokens.bin")
+    with pytest.raises(ValueError, match="14 tokens where its index says 4"):
+        prepare(tmp_path / "one", [], [], ByteTokenizer())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_unwritable_cache_is_named(code, tmp_path, monkeypatch):
+    def fail(partial):
+        (partial / "half").touch()
+        raise OSError(code, os.strerror(code))
+
+    folder = tmp_path / "new/tokens"
+    with pytest.raises(StorageError, match=f"could not write {folder} .*{os.strerror(code)}"):
+        write_once(folder, fail)
+    assert [path.name for path in folder.parent.iterdir()] == [".tokens.lock"]
 
 
 def test_no_text_is_an_error(tmp_path):

@@ -2,19 +2,27 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from program import ROOT, SMALL, fit, merged
+from safetensors import SafetensorError
 from torch.testing import assert_close
 from training.tokenization import ByteTokenizer, load_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longctx_layers.hf  # noqa: F401
-from longctx_layers import LongContextLM
+from longctx_layers import LongContextLM, pretrained
 from longctx_layers.testing import small_model
 
 CHECKPOINT = ("--checkpoint", "logs/checkpoints/step=00000002.ckpt")
+# The files of a tokenizer of bytes, as checkpoints of an earlier version hold them.
+BYTES = {
+    "tokenizer_config.json": torch.frombuffer(
+        bytearray(b'{"tokenizer_class": "bytes"}'), dtype=torch.uint8
+    )
+}
 
 
 @pytest.fixture
@@ -84,18 +92,49 @@ def check_by_transformers(folder, tokenizer, text):
 
 
 def test_a_checkpoint_with_a_tokenizer_of_bytes_of_an_earlier_version(export, tmp_path):
-    config = torch.tensor(list(b'{"tokenizer_class": "bytes"}'), dtype=torch.uint8)
     model = small_model("window", vocab_size=257)
-    longctx = {
-        "config": model.config.to_dict(),
-        "tokenizer": {
-            "tokenizer_config.json": torch.frombuffer(bytearray(config), dtype=torch.uint8)
-        },
-    }
+    longctx = {"config": model.config.to_dict(), "tokenizer": BYTES}
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": weights, "longctx": longctx}, tmp_path / "old.ckpt")
     export(["--checkpoint", str(tmp_path / "old.ckpt"), "--output", str(tmp_path / "model")])
     check_by_transformers(tmp_path / "model", ByteTokenizer(), "text")
+
+
+@pytest.mark.parametrize("fails", ["weights", "tokenizer", "check"])
+def test_failed_export_leaves_nothing(fails, export, tmp_path, monkeypatch, capsys):
+    """A new folder, with parents that are made for it, and one with an earlier export."""
+    model = small_model("window", vocab_size=257)
+    saved = {"config": model.config.to_dict(), "tokenizer": BYTES}
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights, "longctx": saved}, tmp_path / "c.ckpt")
+    arguments = ["--checkpoint", str(tmp_path / "c.ckpt"), "--output"]
+    export([*arguments, str(tmp_path / "earlier")])
+    before = contents(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def part(weights, path, **_):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    target, name, value = {
+        "weights": (pretrained, "save_file", part),
+        "tokenizer": (Path, "write_bytes", full),
+        "check": (
+            LongContextLM,
+            "from_pretrained",
+            lambda folder: small_model("window", vocab_size=257, seed=1),
+        ),
+    }[fails]
+    monkeypatch.setattr(target, name, value)
+    for output in ("new/parents/model", "earlier"):
+        with pytest.raises(SystemExit):
+            export([*arguments, str(tmp_path / output)])
+        expected = "logits differ" if fails == "check" else "No space left on device"
+        assert expected in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.ckpt", "earlier"]
 
 
 def contents(folder):
