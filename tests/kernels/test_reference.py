@@ -57,7 +57,10 @@ def test_as_precise_as_the_reference(name, dtype, data):
 
 
 @pytest.mark.parametrize("name", COSTLY)
-@DTYPES
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+)
 @given(data=st.data())
 @settings(max_examples=2)
 def test_costly_ones_as_precise_as_the_reference(name, dtype, data):

@@ -36,7 +36,9 @@ def everything(operation: str, inputs: dict[str, Tensor], **options) -> list[Ten
 
 
 @pytest.mark.parametrize("length", [1, 40])
-@pytest.mark.parametrize(("dim", "directions"), [(1, 1), (20, 5), (16, 17)])
+@pytest.mark.parametrize(
+    ("dim", "directions"), [(1, 1), pytest.param(20, 5, marks=pytest.mark.slow), (16, 17)]
+)
 @pytest.mark.parametrize(
     ("operation", "options"), [("ssd", {}), ("block_ssd", {"chunk_size": 7, "chunk_shift": 2})]
 )

@@ -33,7 +33,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Workers and drawn lengths are also among the kinds of kill_campaign.py.
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "workers" else c for c in CASES]
+)
 def test_killed_and_resumed_is_bit_for_bit_the_same(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = f"--trainer.max_steps={STEPS}"
