@@ -7,6 +7,7 @@ model = convert_attention(model, "dpassm", window_size=1024)
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import nn
 
 try:
     import transformers
+    from transformers.cache_utils import DynamicLayer
 except ImportError as error:
     raise ImportError(
         "longctx_layers.convert: expected the package transformers, which is not installed; "
@@ -78,10 +80,12 @@ def convert_attention(
         subclass of the same name.
 
     Raises:
+        ImportError: with transformers before 5.4.
         ValueError, TypeError: for models, layers or options that cannot be converted; what cannot
             be kept (rotary embeddings scaled otherwise, cross-attention, sinks, caps on scores) is
             refused before anything is changed.
     """
+    _expect_new_transformers()
     decoder = find_decoder(model)
     sites = attention_sites(decoder)
     chosen = _chosen(layers, len(sites))
@@ -155,6 +159,16 @@ def load_converted(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
     # With output_loading_info, a pair.
     (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = made
     return loaded
+
+
+def _expect_new_transformers() -> None:
+    # Before 5.4, a cache is asked for the columns of a mask in another way, and GPT-2 drops the
+    # arguments that tell documents apart.
+    if "query_length" not in inspect.signature(DynamicLayer.get_mask_sizes).parameters:
+        raise ImportError(
+            "convert_attention: expected transformers 5.4 or newer, got "
+            f"{transformers.__version__}; pip install 'longctx-layers[hf]'"
+        )
 
 
 def _chosen(layers: Sequence[int] | None, count: int) -> list[int]:

@@ -123,7 +123,7 @@ def _split(attention: Any) -> dict[str, nn.Module]:
     weights, biases = attention.c_attn.weight, attention.c_attn.bias
     size = weights.shape[0]
     # Our scores are always divided by sqrt(head_dim): what differs goes into q.
-    factor = _scaling(attention) * math.sqrt(attention.head_dim)
+    factor = attention.scaling * math.sqrt(attention.head_dim)
     factors = (1.0 if math.isclose(factor, 1.0) else factor, 1.0, 1.0)
     parts: dict[str, nn.Module] = {
         name: _linear(weight, bias, factor)
@@ -133,15 +133,6 @@ def _split(attention: Any) -> dict[str, nn.Module]:
     }
     parts["o_proj"] = _linear(attention.c_proj.weight, attention.c_proj.bias, 1.0)
     return parts
-
-
-def _scaling(attention: Any) -> float:
-    """What GPT-2's scores are multiplied by; in transformers 5.0 it has only the parts of that."""
-    if hasattr(attention, "scaling"):
-        return float(attention.scaling)
-    scaling = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
-    by_layer = attention.scale_attn_by_inverse_layer_idx
-    return scaling / (attention.layer_idx + 1) if by_layer else scaling
 
 
 @torch.no_grad()

@@ -151,14 +151,17 @@ def test_prompt_as_embeddings(pattern: tuple[str, ...]) -> None:
 def test_assisted_by_the_prompt(pattern: tuple[str, ...]) -> None:
     """Tokens that are guessed from the prompt, checked at once, and taken back where wrong."""
     model, ids = hf_model(*pattern), some_ids(1, 4).repeat(1, 5)
-    long = {**GREEDY, "max_new_tokens": 30}
+    # An end that never comes: early versions of transformers 5 need one to guess from the prompt.
+    long = {**GREEDY, "max_new_tokens": 30, "eos_token_id": 99}
     made = model.generate(ids, prompt_lookup_num_tokens=4, **long)
-    assert torch.equal(made, model.generate(ids, **long))
+    # Early versions of transformers 5 may append a token more than was asked for.
+    assert torch.equal(made[:, :50], model.generate(ids, **long))
 
 
 def test_what_assistance_kept_is_freed_by_the_next_call() -> None:
     model, cache, ids = hf_model("dpassm"), LongCtxCache(), some_ids(1, 9)
-    first = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **GREEDY)
+    guess = {"prompt_lookup_num_tokens": 4, "eos_token_id": 99}
+    first = model.generate(ids, past_key_values=cache, **guess, **GREEDY)
     assert cache.is_recording_past()
     second = model.generate(first, past_key_values=cache, **GREEDY)
     assert torch.equal(second, model.generate(first, **GREEDY))
