@@ -4,7 +4,7 @@
 
 The folder gets the model (`config.json`, `model.safetensors`) and the tokenizer's files, as
 transformers reads them, with the end of text at which `generate` stops. One that holds another
-model, or another tokenizer's files, is refused. Before the program ends it loads the folder anew
+model, or another tokenizer's files, is refused. Before the program ends it loads the folder again
 and compares the logits.
 """
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from training.folders import check_writable
+
 
 def add_output(parser: argparse.ArgumentParser, flag: str, name: str) -> None:
     """Where a program writes: `runs/NAME` unless told otherwise, `reports/NAME` with `--publish`.
@@ -107,14 +109,7 @@ def check_targets(folder: Path, names: Iterable[str]) -> None:
             "away, or choose another --output_dir"
         )
     for parent in dict.fromkeys([folder, *(target.parent for target in targets)]):
-        place = next(p for p in (parent, *parent.absolute().parents) if os.path.lexists(p))
-        try:
-            tempfile.TemporaryFile(dir=place).close()
-        except OSError as error:
-            raise OSError(
-                f"--output_dir: expected a folder to write into, got {parent} ({error.strerror}); "
-                "choose another"
-            ) from error
+        check_writable(parent, "--output_dir")
 
 
 def buckets(losses: list[float]) -> list[tuple[int, int, float]]:

@@ -66,7 +66,7 @@ def call_segments(
         pads: the columns that the state has read as pads, from `record_pads`.
 
     Returns:
-        `[B, T]` int64, or None where every row simply goes on, without pads.
+        `[B, T]` int64, or None where every row continues its segment, without pads.
 
     Raises:
         ValueError, TypeError: for shapes or dtypes that do not fit, and for a mask that numbers

@@ -177,7 +177,7 @@ def newest_checkpoint(root: str | os.PathLike[str], *, skip_damaged: bool = Fals
     damaged = []
     for one in folder_facts(folder):
         # One that may be of this run and ahead of the others, as far as its name and time tell. A
-        # file with another name is none of ours.
+        # file with another name belongs to somebody else.
         if (
             not one.readable
             and one.step >= 0

@@ -204,9 +204,15 @@ def main() -> None:
             parser_kwargs={"default_env": True, "env_prefix": "LONGCTX"},
             auto_configure_optimizers=False,
         )
-    except (NonFiniteError, DataError, MisconfigurationException, ConnectionError) as error:
-        sys.exit(f"error: {error}")
-    except (ResumptionError, StorageError, DamagedCacheError) as error:
+    except (
+        NonFiniteError,
+        DataError,
+        ResumptionError,
+        StorageError,
+        DamagedCacheError,
+        MisconfigurationException,
+        ConnectionError,
+    ) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in UNWRITABLE:

@@ -88,7 +88,7 @@ class LongContextData(lightning.LightningDataModule):
         vocab_size: ids are below it; after `setup`.
         tokenizer: see `training.tokenization.Tokenizer`; after `setup`.
         begins_pass: whether the batch that training takes is the first of a pass over the data,
-            so that no state goes on from the one before.
+            so that no state is carried over into it.
 
     Raises:
         ValueError: for an option that cannot be, before any data is touched.
@@ -284,9 +284,8 @@ class LongContextData(lightning.LightningDataModule):
         """Called by the trainer with each batch that it is about to use."""
         if self.trainer is not None and self.trainer.training:
             self.begins_pass = not self.progress.position.batch
-            taken = (
-                self.trainer.fit_loop.batch_idx + 2
-            )  # with this one, which it does not count yet
+            # With this one, which the trainer does not count yet.
+            taken = self.trainer.fit_loop.batch_idx + 2
             self.progress.taken(last=taken >= self.trainer.num_training_batches)
         if not self.separate_documents:
             batch = {**batch, "segment_ids": batch["segment_ids"].clamp(max=0)}

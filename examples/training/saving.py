@@ -38,7 +38,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.keep, self.skip_damaged = every_n_steps, keep, skip_damaged
         self.newest = ""  # the path of the last one written or resumed from
         self.run = uuid.uuid4().hex
-        # Runs that this one goes on from, and the last step of theirs that it shares.
+        # Runs that this one continues, and the last step of theirs that it shares.
         self.ancestors: list[list[Any]] = []
         self.folder = Path(FOLDER)
         self._kept: list[Facts] = []  # oldest first; on the first process, which removes them
