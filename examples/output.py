@@ -12,6 +12,8 @@ from pathlib import Path
 
 from training.folders import check_writable
 
+from longctx_layers.files import NotRestoredError, replace_all
+
 
 def add_output(parser: argparse.ArgumentParser, flag: str, name: str) -> None:
     """Where a program writes: `runs/NAME` unless told otherwise, `reports/NAME` with `--publish`.
@@ -55,8 +57,8 @@ def write_folder(folder: Path) -> Iterator[Path]:
     A folder that is there keeps its other files. One that is not appears in one step.
 
     Raises:
-        OSError: if it cannot be written. After this and any other error nothing is left, nor are
-            the parents that had to be made.
+        OSError: if it cannot be written. After this and any other error it is as it was; so are
+            its parents.
     """
     made = [p for p in folder.absolute().parents if not p.exists()]  # the deepest first
     partial: Path | None = None
@@ -67,12 +69,13 @@ def write_folder(folder: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=place))
         yield partial
         if folder.exists():
-            for path in sorted(partial.iterdir()):
-                os.replace(path, folder / path.name)
+            replace_all({path: folder / path.name for path in partial.iterdir()})
         else:
             partial.chmod(0o777 & ~_umask())
             os.rename(partial, folder)
         made = []
+    except NotRestoredError:
+        raise
     except OSError as error:
         raise _unwritten(folder, error) from error
     finally:
@@ -91,7 +94,7 @@ def _umask() -> int:
 
 def _unwritten(path: Path, error: OSError) -> OSError:
     return OSError(
-        f"could not write {path} ({error.strerror or error}), and nothing of it is left; make room "
+        f"could not write {path} ({error.strerror or error}), which is as it was before; make room "
         "or allow writing there, or choose another place"
     )
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx_layers.config import ModelConfig
+from longctx_layers.files import replace_all
 from longctx_layers.layers.init import mark_drawn
 
 if TYPE_CHECKING:
@@ -31,9 +32,8 @@ CHECKSUM = "weights_crc32"  # of the weights' whole file
 def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> None:
     """Write the model's config and weights into a folder, which is made if it is missing.
 
-    Both files are written beside their places and then moved there, so that an interruption leaves
-    either the old file or the new one, and never a part. If one cannot be written, both stay as
-    they were.
+    Both files are written beside their places and then moved there: an interruption leaves the old
+    file or the new one, never a part. If one cannot be written or moved, both are as they were.
 
     Args:
         model: the language model; its weights are written in their own dtypes.
@@ -63,8 +63,8 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     with (
         _made(folder),
-        _replacing(folder / CONFIG_FILE) as config_path,
-        _replacing(folder / WEIGHTS_FILE) as weights_path,
+        _beside(folder / CONFIG_FILE) as config_path,
+        _beside(folder / WEIGHTS_FILE) as weights_path,
     ):
         try:
             save_file(weights, weights_path, metadata={SAVE_ID: content[SAVE_ID]})
@@ -76,6 +76,8 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
         # safetensors has no checksum of its own.
         content[CHECKSUM] = _crc32(weights_path)
         config_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        weights_path.chmod(config_path.stat().st_mode)  # as the umask has it
+        replace_all({weights_path: folder / WEIGHTS_FILE, config_path: folder / CONFIG_FILE})
 
 
 def from_pretrained(
@@ -147,17 +149,11 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    # In the same folder: only within one file system is the move atomic.
+def _beside(target: Path) -> Iterator[Path]:
+    # In the same folder: only within one file system is a move atomic.
     path = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        path.touch()
-        mode = path.stat().st_mode  # as the umask has it, which safetensors ignores
         yield path
-        path.chmod(mode)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(path, target)
     finally:
         path.unlink(missing_ok=True)
 

@@ -10,15 +10,14 @@ from typing import Any
 
 from output import check_targets
 
+from longctx_layers.files import replace_all
+
 
 def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Write files by their names under a folder.
 
-    All are on the disk beside their places before the first is moved there: a full disk or an
-    interruption while they are written leaves the files of an earlier report as they were.
-
     Raises:
-        OSError: if they cannot be written.
+        OSError: if they cannot be written; the files of an earlier report are as they were.
     """
     check_targets(folder, contents)
     partials = {}
@@ -29,8 +28,7 @@ def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
             partial = target.with_name(f".{target.name}.{os.getpid()}")
             partials[partial] = target
             partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-        for partial, target in partials.items():
-            os.replace(partial, target)
+        replace_all(partials)
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
