@@ -136,6 +136,11 @@ def kind_of(path: Path) -> str:
             f"{path}: expected {kind} by its name, got {'something else' if head else 'no bytes'}; "
             "write it again, or give it the suffix of what it is"
         )
+    if encoding_of(head) == "utf-8-sig" and 8 * head.count(0) > len(head):
+        raise DataError(
+            f"{path}: expected text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, got "
+            "bytes with many zeros; convert it, or keep it elsewhere"
+        )
     return kind
 
 

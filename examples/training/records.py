@@ -57,9 +57,9 @@ def choose_column(columns: Mapping[str, str], asked: str | None, where: str) -> 
 def columns_of(path: Path, kind: str) -> dict[str, str]:
     """The columns of a file with their types; none for a file without records."""
     if kind == "csv":
-        _, header = next(_csv_rows(path), (0, []))
+        header, *rows = [row for _, row in islice(_csv_rows(path), 2)] or [[]]
         sure = len(header) > 1 or re.fullmatch(r"[\w.-]{1,40}", "".join(header))
-        return dict.fromkeys(header, "string" if sure else UNSURE)
+        return dict.fromkeys(header, "string" if sure else UNSURE) if rows or not sure else {}
     if kind == "json":
         found: dict[str, str] = {}
         for _, record in islice(_json_records(path), LOOKED_AT):
@@ -291,9 +291,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _csv_column(path: Path, column: str) -> Iterator[tuple[str, str]]:
     rows = _csv_rows(path)
     _, header = next(rows, (0, []))
-    if header and header.count(column) != 1:
-        raise missing(path, column, header)
     for number, row in rows:
+        if header.count(column) != 1:
+            raise missing(path, column, header)
         if len(row) != len(header):
             raise DataError(
                 f"{path}:{number}: expected {len(header)} fields as in the first line, got "

@@ -135,6 +135,9 @@ REFUSED = {
         "digits.jsonl:2: expected a J",
     ),
     "digits.json": (b'{"id": ' + b"9" * 5000 + b"}", r"digits.json:1: expected JSON \(Exceeds"),
+    "utf16.txt": ("No mark.\nEnd".encode("utf-16-le"), "UTF-16 or UTF-32 with a byte-order mark"),
+    "utf32.csv": ("text\nNo mark\n".encode("utf-32-be"), "UTF-16 or UTF-32 with a byte-order mark"),
+    "one_line.csv": (b"A sentence of words.\n", "file without a header"),
     "headless.csv": (b"A sentence of words.\nAnother\n", "file without a header"),
 }
 
@@ -235,7 +238,8 @@ def test_columns_that_differ_and_files_without_rows(suffix, tmp_path):
         "csv": lambda t, p: t.to_csv(p, index=False),
         "parquet": lambda t, p: t.to_parquet(p),
     }[suffix]
-    for name, table in (("0", one[:0]), ("1", one), ("2", more), ("3", one[:0])):
+    other = one[:0].rename(columns={"text": "body"})
+    for name, table in (("0", one[:0]), ("1", one), ("2", more), ("3", one[:0]), ("5", other)):
         write(table, tmp_path / f"{name}.{suffix}")
     assert read(tmp_path) == ["a", "b"]
     write(more.drop(columns="text"), tmp_path / f"4.{suffix}")
