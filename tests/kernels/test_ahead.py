@@ -8,11 +8,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ahead import MATRIX_PRODUCTS, TARGETS, compiled_for, loop_lengths, matrix_flops
+from ahead import MATRIX_PRODUCTS, TARGETS, compiled_for, count, loop_lengths, matrix_flops
 
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 ATOMICS = "RED\\.|REDG|ATOM\\.|ATOMG|global_atomic|buffer_atomic"  # on global memory
+SPILLS = "LDL|STL|scratch_"
 COPIES = "LDGSTS|UTMALDG|UBLKCP"  # asynchronous, from global to shared memory
 # Registers are counted of the Triton that the kernels were tuned with: with another, spills are.
 TUNED = json.loads(launches.BASELINE.read_text())["triton"] == triton.__version__
@@ -95,8 +96,9 @@ def test_sparse_attention(target, head_dim, dtype, groups, far):
     assert [kernel.name for kernel in found] == names
     for kernel in found:
         wide = dtype == torch.float32
-        # The one configuration without a clean alternative: three TF32 products on Blackwell.
-        assert kernel.spills <= (8 if (target, head_dim, wide) == ("sm_100", 128, True) else 0)
+        # A few outside the loops are paid for once in a program.
+        assert all(count(loop, SPILLS) == 0 for loop in kernel.loops)
+        assert kernel.spills <= (16 if kernel.loops else 0)
         assert kernel.shared <= 1024 * SHARED[target]
         assert kernel.count(ATOMICS) == 0
         if kernel.name not in launches.TILE_PRODUCTS:
