@@ -26,7 +26,7 @@ from output import add_output, write
 from torch import Tensor
 from tqdm import tqdm
 
-from longctx_layers import LongContextLM, create_model
+from longctx_layers import LongContextLM, create_model, parameter_groups
 
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 MODELS = {
@@ -110,9 +110,8 @@ def train(
     name: str, model: LongContextLM, found: list[bytes], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Train in place: AdamW, warm-up and cosine, clipping. Returns losses and speed."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
-    )
+    groups = parameter_groups(model, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
     warm_up = max(1, args.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
