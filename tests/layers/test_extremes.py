@@ -5,10 +5,14 @@ import torch
 from torch.testing import assert_close
 
 from longctx_layers import use_backend
-from longctx_layers.testing import LAYER_CASES, small_layer
+from longctx_layers.testing import LAYER_CASES, rates, small_layer
 
 CASES = pytest.mark.parametrize("case", LAYER_CASES)
-DECAY_CASES = [c for c in LAYER_CASES if c.startswith(("dpassm", "blade"))]
+DECAYS = [  # a layer with the name of one of its parameters
+    (case, name)
+    for case in LAYER_CASES
+    for name in dict.fromkeys(full.rsplit(".", 1)[-1] for full in rates(small_layer(case)))
+]
 
 
 def assert_finite(*tensors):
@@ -23,8 +27,7 @@ def assert_finite_results(layer, x):
     assert_finite(y, *state, *torch.autograd.grad(y.sum(), [x, *layer.parameters()]))
 
 
-@pytest.mark.parametrize("case", DECAY_CASES)
-@pytest.mark.parametrize("name", ["A_log", "dt_bias", "log_rate"])
+@pytest.mark.parametrize(("case", "name"), DECAYS)
 @pytest.mark.parametrize("values", [[30.0, 30.0], [-30.0, -30.0], [30.0, -30.0], [12.0, 3.0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_decays(case, name, values, dtype):
