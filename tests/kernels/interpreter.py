@@ -9,11 +9,11 @@ order, and tensors from `torch.empty` hold NaN.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +21,12 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    TensorHandle,
+    interpreter_builder,
+)
 from triton.runtime.jit import JITFunction
 
 LEAKY = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base, tl.core.dtype)
@@ -45,7 +50,7 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
-@dataclass
+@dataclasses.dataclass
 class Traffic:
     """What kernels did: bytes loaded and stored, and operations of their matrix products."""
 
@@ -89,20 +94,34 @@ class _Memory:
             )
 
 
-def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """What to replace: owner, attribute, and the new function."""
+def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Any]]:
+    """What to replace: owner, attribute, and the new value."""
     builder = InterpreterBuilder
     functions: dict[Any, InterpretedFunction] = {}
+    prepared: set[str] = set()
 
     def function(kernel: JITFunction) -> InterpretedFunction:
         return functions.setdefault(kernel.fn, InterpretedFunction(kernel.fn))
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
         memory.enter(itertools.chain(zip(self.arg_names, args, strict=False), kwargs.items()))
+        prepared.clear()
         return function(self).run(*args, grid=grid, warmup=warmup, **kwargs)
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The interpreter patches the language at each call; once in a launch is enough for the
+        # functions of a module.
+        device_function = function(self)
+        if self.fn.__module__ in prepared:
+            return device_function.rewrite()(*args, **kwargs)
+        prepared.add(self.fn.__module__)
+        return device_function(*args, **kwargs)
+
     yield JITFunction, "run", run
-    yield JITFunction, "__call__", lambda self, *args, **kw: function(self)(*args, **kw)
+    yield JITFunction, "__call__", call
+    # These checks end in an assertion that the interpreter leaves out.
+    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    yield interpreter_builder, "options", options
 
     dot, cast, binary = builder.create_dot, builder.cast_impl, builder.binary_op
 

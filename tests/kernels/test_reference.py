@@ -56,7 +56,10 @@ def test_as_precise_as_the_reference(name, dtype, data):
     check_precise(name, dtype, data)
 
 
-@pytest.mark.parametrize("name", COSTLY)
+# block_ssd runs the kernels of ssd, and more of each.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "ssd" else n for n in COSTLY]
+)
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],

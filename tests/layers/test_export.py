@@ -9,7 +9,14 @@ from longctx_layers.testing import LAYER_CASES, small_layer
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.mark.parametrize("case", LAYER_CASES)
+# One of each kind belongs to the fast tests.
+KINDS = ("vanilla", "dpassm", "dpassm-diagonal", "blade-memory", "longformer-biased", "bigbird")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in KINDS else pytest.mark.slow) for case in LAYER_CASES],
+)
 def test_export(case):
     layer = small_layer(case, dtype=torch.float32)
     x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
