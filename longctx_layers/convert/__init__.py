@@ -166,7 +166,7 @@ def _expect_new_transformers() -> None:
     # arguments that tell documents apart.
     if "query_length" not in inspect.signature(DynamicLayer.get_mask_sizes).parameters:
         raise ImportError(
-            "convert_attention: expected transformers 5.4 or newer, got "
+            "convert_attention: expected transformers 5.6 or newer, got "
             f"{transformers.__version__}; pip install 'longctx-layers[hf]'"
         )
 

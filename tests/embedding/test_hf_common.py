@@ -1,6 +1,7 @@
 """What transformers asks of every model, asked of each block: loading, tying, padding, outputs."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,11 +197,13 @@ def test_what_push_to_hub_would_send(tmp_path: Path, monkeypatch: pytest.MonkeyP
             with operation.as_file() as file:
                 sent[operation.path_in_repo] = file.read()
 
-    api = "huggingface_hub.hf_api.HfApi"
+    api, hub = "huggingface_hub.hf_api.HfApi", "transformers.utils.hub"
     monkeypatch.setattr(f"{api}.create_repo", create_repo)
     monkeypatch.setattr(f"{api}.create_branch", lambda *a, **k: None)
     monkeypatch.setattr(f"{api}.create_commit", create_commit)
-    monkeypatch.setattr("transformers.utils.hub.create_commit", create_commit, raising=False)
+    # The functions of the module are methods that were bound when it was imported.
+    monkeypatch.setattr(f"{hub}.create_repo", partial(create_repo, None), raising=False)
+    monkeypatch.setattr(f"{hub}.create_commit", partial(create_commit, None), raising=False)
     monkeypatch.setattr(
         "huggingface_hub.ModelCard.load",
         lambda *a, **k: (_ for _ in ()).throw(_entry_not_found()),

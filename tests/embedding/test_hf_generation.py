@@ -10,6 +10,7 @@ import transformers
 from hf_models import VOCABULARY, every_pattern, hf_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
@@ -154,7 +155,10 @@ def test_assisted_by_the_prompt(pattern: tuple[str, ...]) -> None:
     # An end that never comes: early versions of transformers 5 need one to guess from the prompt.
     long = {**GREEDY, "max_new_tokens": 30, "eos_token_id": 99}
     made = model.generate(ids, prompt_lookup_num_tokens=4, **long)
-    assert torch.equal(made, model.generate(ids, **long))
+    expected = model.generate(ids, **long)
+    assert torch.equal(made[:, : expected.shape[1]], expected)
+    # Early versions also return the guesses beyond max_new_tokens.
+    assert made.shape == expected.shape or Version(transformers.__version__) < Version("5.23")
 
 
 def test_what_assistance_kept_is_freed_by_the_next_call() -> None:
