@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from common import Shape
+from packaging.version import Version
 from peer_attention import (
     Function,
     build_flex,
@@ -61,6 +63,7 @@ class Peer(NamedTuple):
         same: what the two have in common, and what not.
         trains: whether it has a backward pass on the CPU.
         longest: length beyond which one pass takes minutes; None for no such.
+        oldest: the first version of the package whose layer is known to be built like this.
     """
 
     package: str
@@ -69,12 +72,15 @@ class Peer(NamedTuple):
     same: str
     trains: bool = True
     longest: int | None = None
+    oldest: str | None = None
 
     @property
     def missing(self) -> str | None:
         """Why it can't run here, if it can't."""
         if find_spec(self.package) is None:
             return f"{self.package} is not installed: make bench-peers installs it"
+        if self.oldest and Version(found := metadata.version(self.package)) < Version(self.oldest):
+            return f"{self.package} {found} builds this layer otherwise than {self.oldest}"
         return None
 
 
@@ -114,6 +120,7 @@ PEERS = {
         build_falcon,
         our_falcon,
         "vanilla beside conv_silu and ssd; norms and feed-forward left out",
+        oldest="5.23",
     ),
     RECURRENT_GEMMA: Peer(
         "transformers",
@@ -121,6 +128,7 @@ PEERS = {
         our_recurrent_gemma,
         "diagonal_scan; it takes the tokens one after another",
         longest=2048,
+        oldest="5.23",
     ),
     MAMBAPY: Peer(
         "mambapy",
