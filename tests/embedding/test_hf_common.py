@@ -425,13 +425,13 @@ def test_gradient_checkpointing(pattern: tuple[str, ...], reentrant: bool) -> No
     model.model.blocks[0].register_forward_pre_hook(count)
     expected = gradients()
     assert calls == 1
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    assert model.is_activation_checkpointing
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.model.gradient_checkpointing
     found = gradients()
     assert calls == 3  # once more, in the backward pass
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     gradients()
     assert calls == 4
 

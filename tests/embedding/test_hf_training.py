@@ -116,7 +116,7 @@ def test_trainer_on_packed_documents_with_checkpointing(tmp_path: Path) -> None:
             data_collator=DataCollatorWithFlattening(),
         )
         trainer.train()
-        assert model.is_activation_checkpointing == checkpointing
+        assert model.model.gradient_checkpointing == checkpointing
         assert losses(trainer)[-1] < losses(trainer)[0]
         weights.append(model.state_dict())
     for name, value in weights[0].items():
@@ -214,7 +214,7 @@ def test_lora_on_our_projections(
 
     adapted.train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-2)
     found = []
     for _ in range(15):
