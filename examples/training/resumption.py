@@ -12,6 +12,7 @@ from training.checkpoints import ResumptionError
 # Options of the trainer that a resumed run may change, and what it then does otherwise.
 NUMERIC_OPTIONS = {
     "accumulate_grad_batches": "its steps have another number of tokens",
+    "max_steps": "its learning rate falls over another number of steps",
     "precision": "its numbers are rounded otherwise",
     "gradient_clip_val": "its gradients are clipped otherwise",
     "gradient_clip_algorithm": "its gradients are clipped otherwise",
@@ -23,6 +24,7 @@ def numeric_options(trainer: L.Trainer) -> dict[str, Any]:
     clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     return {
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "max_steps": trainer.max_steps,
         "precision": str(trainer.precision),
         "gradient_clip_val": float(
             trainer.lightning_module.hparams.gradient_clip_val if clip is None else clip

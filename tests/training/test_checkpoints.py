@@ -217,6 +217,7 @@ def test_other_batches_are_refused(flag, message, copied, capsys):
 
 NUMERIC = {
     "accumulate_grad_batches": (2, "1, this one has 2: its steps"),
+    "max_steps": (4, "3, this one has 4: its learning rate"),
     "precision": ("bf16-mixed", "32-true, this one has bf16-mixed: its numbers"),
     "gradient_clip_val": (0.5, "1.0, this one has 0.5: its gradients"),
     "gradient_clip_algorithm": ("value", "norm, this one has value: its gradients"),
@@ -228,10 +229,10 @@ def test_other_numbers_are_warned_of(copied, recwarn):
 
     def said(*flags):
         recwarn.clear()
-        fit(*merged(*FLAGS, "--trainer.max_steps=4", "--trainer.default_root_dir=again", *flags))
+        fit(*merged(*FLAGS, "--trainer.max_steps=3", "--trainer.default_root_dir=again", *flags))
         return [str(one.message) for one in recwarn if "the run to resume" in str(one.message)]
 
-    path = Path("logs/checkpoints/step=00000003.ckpt")
+    path = Path("logs/checkpoints/step=00000002.ckpt")
     same = ("--trainer.gradient_clip_val=1", "--trainer.gradient_clip_algorithm=norm")
     assert said(f"--ckpt_path={path}", *same) == []
     other = [f"--trainer.{name}={value}" for name, (value, _) in NUMERIC.items()]
