@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from output import write, write_folder
-from training.checkpoints import packed_tokenizer, read_checkpoint
+from training.checkpoints import packed_tokenizer, read_checkpoint, unpack_tokenizer
 from training.tokenization import load_tokenizer
 
 from longctx_layers import LongContextLM, ModelConfig
@@ -32,7 +32,7 @@ MODEL_FILES = ("config.json", "model.safetensors")
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "*.spm",
+    "chat_template*", "additional_chat_templates/*", "*.spm",
 )  # fmt: skip
 
 
@@ -52,8 +52,7 @@ def export(checkpoint: Path, output: Path) -> LongContextLM:
     check_folder(output, model.config, tokenizer)
     with write_folder(output) as partial:
         model.save_pretrained(partial)
-        for name, content in tokenizer.items():
-            write(partial / name, content)
+        unpack_tokenizer(tokenizer, partial)
         add_end_of_text(partial, end_of_text)
         loaded = LongContextLM.from_pretrained(partial)
         ids = torch.arange(256)[None] * 7919 % model.config.vocab_size
@@ -70,8 +69,7 @@ def written_anew(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], int]:
     Those in a checkpoint may be of an earlier version, which wrote a tokenizer of bytes otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            Path(folder, name).write_bytes(content)
+        unpack_tokenizer(files, folder)
         tokenizer = load_tokenizer(folder)
     packed = packed_tokenizer(tokenizer)
     return {n: bytes(t.tolist()) for n, t in packed.items()}, tokenizer.end_of_text
@@ -95,7 +93,8 @@ def check_folder(output: Path, config: ModelConfig, tokenizer: Collection[str]) 
         return
     if not output.is_dir():
         raise ValueError(f"--output: expected a folder, got the file {output}; choose another name")
-    names = sorted(path.name for path in output.iterdir())
+    files = [path for path in output.rglob("*") if not path.is_dir()]
+    names = sorted(path.relative_to(output).as_posix() for path in files)
     other = "remove that folder, or choose another --output"
     if set(names) & set(MODEL_FILES) and not _holds(output, config):
         raise ValueError(

@@ -54,7 +54,8 @@ def write(path: Path, content: str | bytes) -> None:
 def write_folder(folder: Path) -> Iterator[Path]:
     """Fill an empty folder; at the end its files are moved to `folder`, whole and all or none.
 
-    A folder that is there keeps its other files. One that is not appears in one step.
+    Files of folders within it go to the folders of their names. A folder that is there keeps its
+    other files. One that is not appears in one step.
 
     Raises:
         OSError: if it cannot be written. After this and any other error it is as it was; so are
@@ -69,12 +70,18 @@ def write_folder(folder: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=place))
         yield partial
         if folder.exists():
-            replace_all({path: folder / path.name for path in partial.iterdir()})
+            places = {path: folder / path.relative_to(partial) for path in partial.rglob("*")}
+            for path, place in sorted(places.items()):
+                if path.is_dir() and not place.exists():
+                    place.mkdir()
+                    made.insert(0, place)
+            replace_all({path: place for path, place in places.items() if path.is_file()})
         else:
             partial.chmod(0o777 & ~_umask())
             os.rename(partial, folder)
         made = []
     except NotRestoredError:
+        made = []  # there may be files in them
         raise
     except OSError as error:
         raise _unwritten(folder, error) from error

@@ -94,6 +94,36 @@ def test_a_move_that_fails_changes_nothing(
     assert contents(folder) == before
 
 
+def through_write_folder_with_folders(folder: Path) -> None:
+    with write_folder(folder) as partial:
+        for name in ("there", "new/deep"):
+            (partial / name).mkdir(parents=True)
+            (partial / name / "a").write_text("new")
+        (partial / "c").write_text("new")
+
+
+@pytest.mark.parametrize("at", [None, 2, 3])
+def test_files_in_folders_are_moved_with_the_others(
+    at: int | None, folder: Path, monkeypatch: Any
+) -> None:
+    (folder / "there").mkdir()
+    (folder / "there/a").write_text("old")
+
+    def everything() -> dict[str, str]:
+        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+        return {name: "" if path.is_dir() else path.read_text() for name, path in paths.items()}
+
+    expected = everything()
+    if at is not None:
+        fail_move(at, OSError(errno.EIO, "Input/output error"), monkeypatch)
+        with pytest.raises(OSError, match="as it was before"):
+            through_write_folder_with_folders(folder)
+    else:
+        through_write_folder_with_folders(folder)
+        expected |= {"c": "new", "there/a": "new", "new": "", "new/deep": "", "new/deep/a": "new"}
+    assert everything() == expected
+
+
 def test_a_saved_model_is_whole_after_a_move_that_fails(tmp_path: Path, monkeypatch: Any) -> None:
     small_model("window").save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -362,7 +362,7 @@ def cut_folder(here, folder):
         (text_file, "examples/train.py"),
         (other_weights, "damaged or another program's"),
         (not_finite, "expected finite weights"),
-        (climbing, "files without a path"),
+        (climbing, "paths inside their folder"),
         (run_folder, "did you mean"),
         (cut_folder, "damaged or cut short"),
     ],

@@ -91,15 +91,14 @@ def load(path: Path) -> Loaded:
         place = path if has_tokenizer else None
     else:
         # Imports lightning: only where needed.
-        from training.checkpoints import model_of, read_content
+        from training.checkpoints import model_of, read_content, unpack_tokenizer
 
         content = read_content(path)
         model, files = model_of(content, path)
         order = content["LongContextData"]["order"]
         folder = tempfile.TemporaryDirectory()
         place = Path(folder.name)
-        for name, content in files.items():
-            (place / name).write_bytes(content)
+        unpack_tokenizer(files, place)
     return replace(_with_tokenizer(model, place, folder), order=order)
 
 

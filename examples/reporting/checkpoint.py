@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from figures import SERIES, STYLES
-from training.checkpoints import FOLDER, model_of, newest_checkpoint, read_content
+from training.checkpoints import (
+    FOLDER,
+    model_of,
+    newest_checkpoint,
+    read_content,
+    unpack_tokenizer,
+)
 from training.tokenization import Tokenizer, load_tokenizer
 
 from longctx_layers import LongContextLM
@@ -127,8 +133,7 @@ def _read_file(path: Path) -> Checkpoint:
 
 def _unpacked(files: Mapping[str, bytes]) -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            Path(folder, name).write_bytes(content)
+        unpack_tokenizer(files, folder)
         return load_tokenizer(folder)
 
 

@@ -7,7 +7,8 @@ import re
 import tempfile
 import uuid
 import zipfile
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -219,13 +220,32 @@ def gather_ranks(state: Any) -> list[Any]:
 
 
 def packed_tokenizer(tokenizer: Any) -> dict[str, Tensor]:
-    """The files of a saved tokenizer as tensors of bytes, so that a checkpoint needs no other."""
+    """The files of a saved tokenizer as tensors of bytes, so that a checkpoint needs no other.
+
+    Their names are relative paths: some tokenizers have a folder with several chat templates.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         return {
-            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-            for path in Path(folder).iterdir()
+            path.relative_to(folder).as_posix(): torch.frombuffer(
+                bytearray(path.read_bytes()), dtype=torch.uint8
+            )
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()
         }
+
+
+def unpack_tokenizer(files: Mapping[str, bytes], folder: str | os.PathLike[str]) -> None:
+    """Write a tokenizer's files, as `read_checkpoint` gives them, below a folder."""
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def _leaves_its_folder(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or not path.parts or ".." in path.parts or bool({*"\\:\0"} & {*name})
 
 
 def read_content(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
@@ -280,10 +300,10 @@ def model_of(
 ) -> tuple[LongContextLM, dict[str, bytes]]:
     """The same of content that was read already; the path is for errors."""
     saved = checkpoint["longctx"]
-    if foreign := [name for name in saved.get("tokenizer", ()) if Path(name).name != name]:
+    if foreign := [name for name in saved.get("tokenizer", ()) if _leaves_its_folder(name)]:
         raise ValueError(
-            f"checkpoint: expected tokenizer files without a path, got {foreign} in {path}; do not "
-            "trust it"
+            f"checkpoint: expected tokenizer files with paths inside their folder, got {foreign} "
+            f"in {path}; do not trust it"
         )
     if missing := [name for name in ("config", "tokenizer") if name not in saved]:
         raise _unfit(path, f"whose part longctx has no {' and no '.join(missing)}")

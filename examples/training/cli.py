@@ -23,6 +23,7 @@ from training.checkpoints import (
 )
 from training.data import LongContextData
 from training.files import DataError
+from training.flags import check_end
 from training.folders import UNWRITABLE, StorageError
 from training.hardware import settle
 from training.module import LanguageModel, NonFiniteError
@@ -148,6 +149,8 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.model.check_data(self.datamodule.seq_len, self.datamodule.carry_state)
+            if self.subcommand == "fit":
+                check_end(self.trainer, self.datamodule.streaming)
         except (ValueError, TypeError, MisconfigurationException) as error:
             self.parser.error(str(error))
 
@@ -183,6 +186,8 @@ class CLI(LightningCLI):
         trainer = self.trainer
         wanted = trainer.limit_val_batches and len(self.datamodule.validation)
         if trainer.fast_dev_run or not wanted or trainer.interrupted:
+            return
+        if self.model.validated_step == trainer.global_step:
             return
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 

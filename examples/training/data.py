@@ -15,7 +15,7 @@ import torch
 from training import sources
 from training.checkpoints import ResumptionError
 from training.files import DataError
-from training.flags import check_interval, settle_stream
+from training.flags import batch_limit, check_interval, check_trainer, settle_stream
 from training.folders import write_once
 from training.loader import (
     Position,
@@ -164,7 +164,12 @@ class LongContextData(lightning.LightningDataModule):
         self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        """Open what `prepare_data` made; on another machine without it, make it."""
+        """Open what `prepare_data` made; on another machine without it, make it.
+
+        Raises:
+            DataError: for data that cannot be trained on, or a trainer that does not fit them.
+        """
+        check_trainer(self.trainer)
         if self._tokenizer is not None:
             return
         source = sources.open_source(
@@ -317,6 +322,7 @@ class LongContextData(lightning.LightningDataModule):
             # What a stream holds out it does not train on.
             "validation_documents": self.validation_documents if self.streaming else None,
             "overfit_batches": self._repeats,
+            "limit_train_batches": batch_limit(self.trainer),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,10 +343,14 @@ class LongContextData(lightning.LightningDataModule):
             ResumptionError: if not; it names the option.
         """
         order = self._order(self._shape())
+        if getattr(self.trainer, "fast_dev_run", False):  # a trial, with a limit of its own
+            order["limit_train_batches"] = resumed.get("limit_train_batches")
         for name, value in resumed.items():
             if value == order[name]:
                 continue
-            if name == "content":
+            if name == "limit_train_batches" and self._repeats:
+                had = f"overfit_batches {value}, this one has {order[name]}"
+            elif name == "content":
                 had = "other documents or another tokenizer than --data.dataset_name, "
                 had += "dataset_config, text_column and tokenizer give now"
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -23,10 +22,11 @@ from training.curriculum import (
     stage,
 )
 from training.files import DataError
+from training.flags import check_end
 from training.hardware import shard
 from training.inspection import first_non_finite
 from training.options import block_options, check_blocks, check_numbers
-from training.resumption import check_resumption
+from training.resumption import check_resumption, numeric_options
 
 
 class NonFiniteError(RuntimeError):
@@ -120,6 +120,7 @@ class LanguageModel(L.LightningModule):
         self.totals: Tensor | None = None  # loss and labels since the last step, over all ranks
         self.validation_totals: Tensor | None = None
         self.norm: Tensor | None = None  # of the gradients, before clipping
+        self.validated_step: int | None = None  # of the weights that were validated last
 
     # ---- Building
 
@@ -176,9 +177,8 @@ class LanguageModel(L.LightningModule):
         # A fused step unscales gradients by itself, and so leaves none to clip.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         optimizer = optimization.build_optimizer(options.optimizer, groups, fused=not scaled)
+        check_end(self.trainer, self.trainer.datamodule.streaming)
         total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError("max_steps: expected a number, since the data have no end")
         warmup = options.warmup_steps
         if warmup is None:
             warmup = min(2000, int(total) // 20)
@@ -298,6 +298,8 @@ class LanguageModel(L.LightningModule):
             )
         loss = self.validation_totals[0] / self.validation_totals[1]
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
+        if not self.trainer.sanity_checking:
+            self.validated_step = self.trained_steps
         # Lightning would log them under the step before, and without training under 0.
         self.log("step", float(self.trained_steps))
 
@@ -320,7 +322,7 @@ class LanguageModel(L.LightningModule):
             "config": self.model.config.to_dict(),
             "tokenizer": packed_tokenizer(self.trainer.datamodule.tokenizer),
             "tokenizer_fingerprint": self.trainer.datamodule.tokenizer.fingerprint,
-            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            **numeric_options(self.trainer),
             "seed": self.seed,
             "carried": gather_ranks(self.carried),
             "window": self.windows.now if self.windows is not None else None,

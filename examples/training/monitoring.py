@@ -24,6 +24,8 @@ PROBED_TOKENS = 512  # of a sequence, for a look at the backends and at the memo
 class Monitor(Callback):
     """Writes the start lines and every `log_every_n_steps` the scalars; see docs/training.md.
 
+    With `log_every_n_steps=0` it writes no scalars but those of validation.
+
     Args:
         plain_lines: whether to print a line at each of these steps as well, in place of a bar.
     """
@@ -71,7 +73,8 @@ class Monitor(Callback):
         speed = self.tokens / self.seconds
         pl_module.log("train_loss", loss, prog_bar=True, logger=False)
         pl_module.log("tokens/s", speed, prog_bar=True, logger=False)
-        if self.step % trainer.log_every_n_steps == 0 or self.step == trainer.max_steps:
+        every = trainer.log_every_n_steps
+        if every and (self.step % every == 0 or self.step == trainer.max_steps):
             self._log(trainer, pl_module, batch, loss, speed)
             self._begin()
             self.seconds, self.tokens = 0.0, 0

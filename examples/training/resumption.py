@@ -9,6 +9,29 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from training.checkpoints import ResumptionError
 
+# Options of the trainer that a resumed run may change, and what it then does otherwise.
+NUMERIC_OPTIONS = {
+    "accumulate_grad_batches": "its steps have another number of tokens",
+    "max_steps": "its learning rate falls over another number of steps",
+    "precision": "its numbers are rounded otherwise",
+    "gradient_clip_val": "its gradients are clipped otherwise",
+    "gradient_clip_algorithm": "its gradients are clipped otherwise",
+}
+
+
+def numeric_options(trainer: L.Trainer) -> dict[str, Any]:
+    """The values of `NUMERIC_OPTIONS` as they take effect, to be saved in a checkpoint."""
+    clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    return {
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "max_steps": trainer.max_steps,
+        "precision": str(trainer.precision),
+        "gradient_clip_val": float(
+            trainer.lightning_module.hparams.gradient_clip_val if clip is None else clip
+        ),
+        "gradient_clip_algorithm": "norm" if algorithm is None else algorithm.value,
+    }
+
 
 def check_resumption(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     """Check a checkpoint's content before it is loaded; `validate` needs less than `fit`.
@@ -31,12 +54,12 @@ def check_resumption(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
                 f"carry_state: the checkpoint holds the states of {len(carried)} processes, this "
                 f"run has {processes}; resume with as many processes"
             )
-        accumulated = saved.get("accumulate_grad_batches", trainer.accumulate_grad_batches)
-        if accumulated != trainer.accumulate_grad_batches:
-            rank_zero_warn(
-                f"accumulate_grad_batches: the run to resume had {accumulated}, this one has "
-                f"{trainer.accumulate_grad_batches}: its steps have another number of tokens"
-            )
+        now = numeric_options(trainer)
+        for name, effect in NUMERIC_OPTIONS.items():
+            if (had := saved.get(name, now[name])) != now[name]:
+                rank_zero_warn(
+                    f"{name}: the run to resume had {had}, this one has {now[name]}: {effect}"
+                )
     fingerprint = data.tokenizer.fingerprint
     if saved.get("tokenizer_fingerprint", fingerprint) != fingerprint:
         raise ResumptionError(

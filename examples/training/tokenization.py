@@ -21,6 +21,8 @@ from training.hub import from_hub
 
 END_OF_TEXT = "<|endoftext|>"
 MARK = "longctx_tokenizer"  # in the config of a tokenizer that is not Hugging Face's
+# The end of text as the tokenizer that encodes spells it: Unicode's noncharacters are in no text.
+UNWRITTEN = "\ufdd0\ufdd1\ufdd2\ufdd1\ufdd0"
 BPE_VOCAB_SIZE = 4096
 SMALLEST_BPE = 257  # 256 bytes and the end of text
 
@@ -97,7 +99,11 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """One of transformers' tokenizers. Without an end of text of its own it is given one."""
+    """One of transformers' tokenizers. Without an end of text of its own it is given one.
+
+    Special tokens that are written out in a text, such as `<|im_start|>`, become their own ids, as
+    they do in transformers. The end of text alone does not: only the end of a document gives it.
+    """
 
     def __init__(self, tokenizer: Any):
         if tokenizer.eos_token_id is None:
@@ -107,22 +113,36 @@ class HuggingFaceTokenizer:
         # Not its length: the ids may have holes.
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.end_of_text: int = tokenizer.eos_token_id
-        # The tokenizer's file may ask for truncation or padding; and `<|endoftext|>` written out in
-        # a document is text like any other.
+        # The tokenizer's file may ask for truncation or padding.
         self._fast = tokenizer.backend_tokenizer
         self._fast.no_truncation()
         self._fast.no_padding()
-        self._fast.encode_special_tokens = True
-        description = f"{self._fast.to_str()} {self.end_of_text}"
+        content = self._fast.to_str()
+        self._encoder, as_before = _without_end_of_text(content, tokenizer.eos_token)
+        description = f"{content} {self.end_of_text}"
+        if not as_before:
+            description += " special tokens as ids"
         self.fingerprint = hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        self._check(ids)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, np.int64) for one in encoded]
+        encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        batch = [one.ids for one in encoded]
+        for ids in batch:
+            self._check(ids)
+        return [np.array(ids, np.int64) for ids in batch]
+
+    def _check(self, ids: list[int]) -> None:
+        if self.end_of_text in ids:
+            raise DataError(
+                "tokenizer: expected no end of text within a document, got it for text that the "
+                f"vocabulary lacks, since {self.tokenizer.eos_token!r} is the unknown token too; "
+                "choose another unknown token, or another tokenizer"
+            )
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [i for i in map(int, ids) if i != self.end_of_text]
@@ -131,6 +151,43 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         self.tokenizer.save_pretrained(folder)
+
+
+def _without_end_of_text(content: str, end: str) -> tuple[Any, bool]:
+    """A tokenizer, from its JSON, that no text gives the end of text.
+
+    Its spelling is replaced wherever text could match it: among the added tokens, and in the
+    model's vocabulary, where a word, a piece or a merge may spell it. Ids stay as they are.
+
+    Returns:
+        The tokenizer, and whether it gives the same ids as one of which every special token is
+        text like any other: that was the rule of earlier versions, whose stored tokens are then
+        still right.
+    """
+    from tokenizers import Tokenizer as Fast
+
+    changed = json.loads(content)
+    model, as_before = changed["model"], True
+    for token in changed["added_tokens"]:
+        if token["content"] == end:
+            token.update(content=UNWRITTEN, normalized=False)
+        elif token["special"]:
+            as_before = False
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {UNWRITTEN if one == end else one: i for one, i in vocabulary.items()}
+    else:
+        model["vocab"] = [[UNWRITTEN if one == end else one, p] for one, p in vocabulary]
+    if model.get("unk_token") == end:
+        model["unk_token"] = UNWRITTEN
+    if model["type"] == "BPE":
+        pairs = [one.split(" ") if isinstance(one, str) else one for one in model["merges"]]
+        kept = [one for one in pairs if end not in (*one, "".join(one))]
+        as_before &= len(kept) == len(pairs) and not model.get("ignore_merges")
+        model["merges"] = kept
+    elif end in dict(vocabulary):
+        as_before = False
+    return Fast.from_str(json.dumps(changed)), as_before
 
 
 def _separate_end_of_text(tokenizer: Any) -> None:

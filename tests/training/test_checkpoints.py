@@ -207,11 +207,46 @@ def test_options_that_the_checkpoint_overrules_are_refused(copied, capsys):
         ("--data.dataset_config=20", "other documents or another tokenizer"),
         ("--data.tokenizer=bpe:300", "other documents or another tokenizer"),
         ("--data.streaming=True", "streaming False, this one has True"),
+        ("--trainer.limit_train_batches=9", "limit_train_batches all, this one has 9"),
         ("--ckpt_path=logs/checkpoints/step=00000009.ckpt", "expected a file"),
     ],
 )
 def test_other_batches_are_refused(flag, message, copied, capsys):
     assert message in refused(capsys, "--ckpt_path=last", flag)
+
+
+NUMERIC = {
+    "accumulate_grad_batches": (2, "1, this one has 2: its steps"),
+    "max_steps": (4, "3, this one has 4: its learning rate"),
+    "precision": ("bf16-mixed", "32-true, this one has bf16-mixed: its numbers"),
+    "gradient_clip_val": (0.5, "1.0, this one has 0.5: its gradients"),
+    "gradient_clip_algorithm": ("value", "norm, this one has value: its gradients"),
+}
+
+
+def test_other_numbers_are_warned_of(copied, recwarn):
+    """But neither what says the same in other words nor what an older checkpoint does not know."""
+
+    def said(*flags):
+        recwarn.clear()
+        fit(*merged(*FLAGS, "--trainer.max_steps=3", "--trainer.default_root_dir=again", *flags))
+        return [str(one.message) for one in recwarn if "the run to resume" in str(one.message)]
+
+    path = Path("logs/checkpoints/step=00000002.ckpt")
+    same = ("--trainer.gradient_clip_val=1", "--trainer.gradient_clip_algorithm=norm")
+    assert said(f"--ckpt_path={path}", *same) == []
+    other = [f"--trainer.{name}={value}" for name, (value, _) in NUMERIC.items()]
+    messages = said(f"--ckpt_path={path}", *other)
+    assert len(messages) == len(NUMERIC)
+    for message, (name, (_, expected)) in zip(messages, NUMERIC.items(), strict=True):
+        assert message.startswith(f"{name}: the run to resume had {expected}")
+    content = torch.load(path, weights_only=True)
+    for name in NUMERIC:
+        del content["longctx"][name]
+    del content["LongContextData"]["order"]["limit_train_batches"]
+    torch.save(content, "older.ckpt")
+    assert said("--ckpt_path=older.ckpt", *other, "--trainer.limit_train_batches=9") == []
+    assert 4 in scalars(Path("again"))
 
 
 @pytest.mark.parametrize("change", ["within_step", "carried"])

@@ -57,6 +57,26 @@ def test_error_before_any_data_is_touched(flag, message, capsys, monkeypatch):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trainer.max_time=00:01:00:00"], "no number of epochs; pass --trainer.max_steps or"),
+        (["--trainer.max_epochs=-1"], "no number of epochs; pass --trainer.max_steps or"),
+        (["--data.streaming=True", "--trainer.max_epochs=2"], "or --trainer.limit_train_batches"),
+        (["--data.streaming=True"], "or --trainer.limit_train_batches"),
+    ],
+)
+def test_the_number_of_steps_must_be_known(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(LongContextData, "prepare_data", lambda _: pytest.fail("data touched"))
+    flags = merged(*SMALL, "--trainer.max_steps=-1", *flags)
+    with pytest.raises(SystemExit) as ended:
+        fit(*flags)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("error: --trainer.max_steps: expected a number, since the schedule") == 1
+    assert message in said
+
+
 def test_carried_state_refuses_other_lengths(capsys):
     with pytest.raises(SystemExit):
         check(*SMALL, "--data.carry_state=True", "--model.mixed_lengths=[32, 64]")

@@ -1,6 +1,7 @@
 """Every flag of the trainer that concerns the data means what it says, or is refused by name."""
 
 import itertools
+import types
 
 import lightning
 import pytest
@@ -8,6 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training.data import LongContextData
 from training.files import DataError
+from training.flags import check_trainer
+from training.module import LanguageModel
 
 KINDS = {
     "stored": {},
@@ -198,7 +201,71 @@ def test_a_resumption_must_overfit_again(make, tmp_path):
         fit(make(separate_documents=False), resume=tmp_path / "step=1.ckpt", max_steps=2)
 
 
+@pytest.mark.parametrize("kind", ["stored", "stream"])
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"overfit_batches": 3}, {"overfit_batches": 5}, "overfit_batches 3, this one has 5"),
+        ({"overfit_batches": 2}, {"limit_train_batches": 2}, "overfit_batches True"),
+        ({"limit_train_batches": 3}, {"limit_train_batches": 5}, "limit_train_batches 3,"),
+        ({"limit_train_batches": 1}, {}, "limit_train_batches 1, this one has all"),
+    ],
+)
+def test_a_resumption_must_have_the_same_batches(kind, before, after, message, make, tmp_path):
+    fit(make(**KINDS[kind]), save=tmp_path, max_steps=2, **before)
+    path = tmp_path / "step=2.ckpt"
+    with pytest.raises(ValueError, match=f"had {message}"):
+        fit(make(**KINDS[kind]), resume=path, max_steps=4, **after)
+    # Checkpoints of earlier versions do not say how many.
+    content = torch.load(path, weights_only=True)
+    del content["LongContextData"]["order"]["limit_train_batches"]
+    torch.save(content, path)
+    assert len(seen(fit(make(**KINDS[kind]), resume=path, max_steps=4, **before))) == 2
+
+
+def test_nothing_to_train_on(make):
+    for limit in (0, 0.0):
+        data = make()
+        with pytest.raises(DataError, match="limit_train_batches: expected at least one batch"):
+            fit(data, max_steps=2, limit_train_batches=limit)
+        with pytest.raises(RuntimeError, match="tokenizer: known after setup"):
+            _ = data.tokenizer  # no data were read
+
+
+def test_a_schedule_without_an_end(make):
+    for options in ({"max_time": "00:00:01:00"}, {"max_epochs": -1}):
+        trainer = lightning.Trainer(
+            max_steps=-1, logger=False, accelerator="cpu", enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, **options,
+        )  # fmt: skip
+        with pytest.raises(DataError, match="max_steps: expected a number, since the schedule"):
+            trainer.fit(LanguageModel("tiny", ffn_dim=16), datamodule=make())
+
+
 # ---- Validation
+
+
+@pytest.mark.parametrize("kind", ["stored", "stream"])
+def test_validation_by_time(kind, make):
+    pytest.importorskip("lightning", minversion="2.6")
+    options = {"max_steps": 3, "check_val_every_n_epoch": None}
+    module = fit(make(**KINDS[kind]), val_check_interval="00:00:00:00", **options)
+    assert module.validations == [1, 2, 3]
+    module = fit(
+        make(**KINDS[kind]), val_check_interval={"days": 9}, limit_train_batches=2, **options
+    )
+    assert (module.validations, len(seen(module))) == ([], 3)
+
+
+def test_processes_do_not_validate_by_their_own_clocks():
+    state = types.SimpleNamespace(fn="fit")
+    trainer = types.SimpleNamespace(
+        state=state, limit_train_batches=1.0, world_size=2, _val_check_time_interval=60.0
+    )
+    with pytest.raises(DataError, match="val_check_interval: expected a number of batches or"):
+        check_trainer(trainer)
+    trainer.world_size = 1
+    check_trainer(trainer)
 
 
 def test_validation_above_an_epoch(make):

@@ -1,5 +1,6 @@
 """Tokenizers lose no text, and anybody's can be used."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -84,6 +85,89 @@ def test_errors(tmp_path, monkeypatch):
         load_tokenizer("no/such")
     with pytest.raises(ValueError, match="tokenizer: expected bytes, bpe, bpe:SIZE, a name"):
         load_tokenizer(tmp_path)
+
+
+# ---- Special tokens that are written out in a text
+
+
+def chat():
+    fast = Tokenizer(models.BPE({one: i for i, one in enumerate("<|imstar>ned")}, merges=[]))
+    fast.add_special_tokens(["<|im_start|>", "<|end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|end|>")
+
+
+def test_special_tokens_but_the_end_of_text_have_their_ids(tmp_path):
+    theirs = chat()
+    theirs.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    theirs.save_pretrained(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    start, end = theirs.convert_tokens_to_ids(["<|im_start|>", "<|end|>"])
+    turns = [{"role": "user", "content": "start"}] * 2
+    expected = theirs.apply_chat_template(turns, tokenize=True, return_dict=False)
+    text = theirs.apply_chat_template(turns, tokenize=False)
+    assert ours.encode(text) == ours.encode_batch([text])[0].tolist() == expected
+    assert expected.count(start) == 2
+    ids = ours.encode("start<|end|>")
+    assert (ours.end_of_text, end in ids) == (end, False)
+    assert ids[:5] == ours.encode("start")
+    assert len(ids) == len("start<|end|>")
+
+
+WRITTEN = {
+    "a piece": (models.Unigram([("?", -9.0), ("</s>", 0.0), ("one", -1.0), ("<", -2.0)], 0), [2]),
+    "a word": (models.WordLevel({"?": 0, "</s>": 1, "one": 2}, unk_token="?"), [2, 0]),
+    "a piece of a word": (models.WordPiece({"?": 0, "</s>": 1, "one": 2}, unk_token="?"), [2, 0]),
+    "a merge": (
+        models.BPE({"<": 0, "/s": 1, "</s>": 2, "/": 3, "s": 4, ">": 5, "s>": 6, "</": 7},
+                   [("<", "/"), ("s", ">"), ("</", "s>")]),
+        [7, 6],
+    ),
+    "all of a word": (models.BPE({"<": 0, "/": 1, "s": 2, ">": 3, "</s>": 4}, [],
+                                 ignore_merges=True), [0, 1, 2, 3]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_no_text_gives_the_end_of_text_whatever_the_model(name, tmp_path):
+    """Nor where the model's own vocabulary spells it."""
+    model, expected = WRITTEN[name]
+    fast = Tokenizer(model)
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_of_text == fast.token_to_id("</s>")
+    text = "</s>" if name in ("a merge", "all of a word") else "one </s>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.end_of_text not in ids
+    assert ids[: len(expected)] == expected
+    assert tokenizer.encode_batch([text])[0].tolist() == ids
+
+
+def test_an_end_of_text_that_is_the_unknown_token_is_refused(tmp_path):
+    fast = Tokenizer(models.WordLevel({"one": 0, "</s>": 1}, unk_token="</s>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = HuggingFaceTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
+    )
+    assert tokenizer.encode("one one") == [0, 0]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(DataError, match="'</s>' is the unknown token too; choose another"):
+            encode("one two")
+
+
+def test_tokens_that_were_stored_under_another_rule_are_not_used(bpe):
+    """Their key has the fingerprint; where both rules give the same ids it is the former one."""
+
+    def former(tokenizer):
+        description = f"{tokenizer.tokenizer.backend_tokenizer.to_str()} {tokenizer.end_of_text}"
+        return hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
+
+    assert bpe.fingerprint == former(bpe)
+    other = HuggingFaceTokenizer(chat())
+    assert other.fingerprint != former(other)
+    one = Tokenizer(models.WordLevel({"one": 0, "</s>": 1}, unk_token="one"))
+    other = HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_object=one, eos_token="</s>"))
+    assert other.fingerprint != former(other)
 
 
 # ---- Vocabularies with holes

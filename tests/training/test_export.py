@@ -4,12 +4,15 @@ import runpy
 import sys
 from pathlib import Path
 
+import evaluation.models
 import pytest
 import torch
 from program import ROOT, SMALL, fit, merged
+from reporting.checkpoint import read
 from safetensors import SafetensorError
 from torch.testing import assert_close
-from training.tokenization import ByteTokenizer, load_tokenizer
+from training.checkpoints import packed_tokenizer
+from training.tokenization import ByteTokenizer, load_tokenizer, train_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longctx_layers.hf  # noqa: F401
@@ -100,6 +103,32 @@ def test_a_checkpoint_with_a_tokenizer_of_bytes_of_an_earlier_version(export, tm
     check_by_transformers(tmp_path / "model", ByteTokenizer(), "text")
 
 
+def test_a_tokenizer_with_several_chat_templates(export, tmp_path, capsys):
+    """Its files are in a folder of their own, from the checkpoint to the export and again."""
+    templates = {"default": "{{ messages[0].content }}", "tool_use": "with tools"}
+    bpe = train_bpe(["some words"], 265)
+    bpe.tokenizer.chat_template = templates
+    model = small_model("window", vocab_size=bpe.vocab_size)
+    saved = {"config": model.config.to_dict(), "tokenizer": packed_tokenizer(bpe)}
+    assert "additional_chat_templates/tool_use.jinja" in saved["tokenizer"]
+    content = {"longctx": saved, "LongContextData": {"order": {}}, "global_step": 1}
+    content["state_dict"] = {f"model.{name}": value for name, value in model.state_dict().items()}
+    content["hyper_parameters"] = {}
+    path = tmp_path / "c.ckpt"
+    torch.save(content, path)
+    for tokenizer in (read(path).tokenizer, evaluation.models.load(path).tokenizer):
+        assert tokenizer.fingerprint == bpe.fingerprint
+    arguments = ["--checkpoint", str(path), "--output", str(tmp_path / "model")]
+    for _ in range(2):  # a new folder, and one with an earlier export
+        export(arguments)
+        assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == templates
+    other = tmp_path / "model/additional_chat_templates/other.jinja"
+    other.write_text("of another one")
+    with pytest.raises(SystemExit):
+        export(arguments)
+    assert "got additional_chat_templates/other.jinja" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fails", ["weights", "tokenizer", "check"])
 def test_failed_export_leaves_nothing(fails, export, tmp_path, monkeypatch, capsys):
     """A new folder, with parents that are made for it, and one with an earlier export."""
@@ -146,15 +175,17 @@ def test_errors(export, tmp_path, capsys):
     torch.save(torch.zeros(3), tmp_path / "tensor.ckpt")
     (tmp_path / "empty.ckpt").touch()
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
-    saved = {"tokenizer": {"../outside.json": torch.zeros(1, dtype=torch.uint8)}}
-    torch.save({"state_dict": {}, "longctx": saved}, tmp_path / "climbing.ckpt")
+    climbing = ["../outside.json", "/outside.json", "a/../../outside.json", "c:\\outside.json", ""]
+    for number, name in enumerate(climbing):
+        saved = {"tokenizer": {name: torch.zeros(1, dtype=torch.uint8)}}
+        torch.save({"state_dict": {}, "longctx": saved}, tmp_path / f"climbing{number}.ckpt")
     for name, message in (
         ("none.ckpt", "expected a file"),
         ("other.ckpt", "other.ckpt, which holds state_dict, and nothing of longctx; it is"),
         ("tensor.ckpt", "tensor.ckpt, which holds a Tensor; it is damaged or another program's"),
         ("empty.ckpt", "empty.ckpt, which is empty; it is damaged"),
         ("text.ckpt", "text.ckpt, which is cut short, or is no checkpoint"),
-        ("climbing.ckpt", "files without a path"),
+        *((f"climbing{n}.ckpt", "paths inside their folder") for n in range(len(climbing))),
     ):
         with pytest.raises(SystemExit):
             export(["--checkpoint", str(tmp_path / name), "--output", str(tmp_path / "model")])

@@ -46,7 +46,19 @@ def test_scalars_start_lines_and_plain_lines(tmp_path, monkeypatch, capsys):
     assert "memory, estimated: 0.0" in said
     assert "backend of ssd: cpu; triton needs a GPU" in said or torch.cuda.is_available()
     assert f"step 2  loss {loss[2]:.4f}  lr " in said
-    assert "step 2  val_loss" in said
+    assert said.count("step 2  val_loss") == 1
+
+
+def test_no_logging_and_one_validation_of_the_last_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    every = ("--trainer.log_every_n_steps=0", "--trainer.val_check_interval=1")
+    cli = fit(*merged(*SMALL, "--model.window_size=8", *every))
+    said = capsys.readouterr().out
+    assert cli.trainer.global_step == 2
+    assert "tokens/s  MFU" not in said
+    assert scalars(tmp_path / "logs") == {}
+    assert [said.count(f"step {step}  val_loss") for step in (1, 2)] == [1, 1]
+    assert list(scalars(tmp_path / "logs", "val_loss")) == [1, 2]
 
 
 def test_validation_loss_is_that_of_the_model(tmp_path, monkeypatch):
