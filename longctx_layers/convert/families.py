@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from longctx_layers.layers import AttentionLayer, Projection, RopeScaling, build_layer
+from longctx_layers.layers.parameters import device_of, is_activation_dtype, weight_of
 
 # Decoders by class name, with the names of their list of layers and of a layer's attention.
 DECODERS = {
@@ -93,13 +94,13 @@ def build_like(
         dropout=_dropout(attention, config) if dropout is None else dropout,
         projection=Projection(
             head_dim=head_dim,
-            bias=q.bias is not None,
-            out_bias=out.bias is not None,
+            bias=_has_bias(q),
+            out_bias=_has_bias(out),
             qk_norm=hasattr(attention, "q_norm"),
             rope_scaling=None if fused else _rope_scaling(config.rope_parameters),
         ),
-        device=out.weight.device,
-        dtype=getattr(config, "dtype", None) if not _floating(out) else out.weight.dtype,
+        device=device_of(out, attention),
+        dtype=_dtype(out, config),
         **options,
     )
     _check_window(layer, attention, config, site.layer_idx)
@@ -114,8 +115,17 @@ def build_like(
     return layer.train(attention.training)
 
 
-def _floating(linear: Any) -> bool:
-    return bool(linear.weight.is_floating_point())
+def _dtype(linear: nn.Module, config: Any) -> torch.dtype | None:
+    """That of the layer's own parameters: of the projections, or of the model if quantised."""
+    weight = weight_of(linear)
+    if weight is None or not is_activation_dtype(weight.dtype):
+        return getattr(config, "dtype", None)
+    return weight.dtype
+
+
+def _has_bias(linear: Any) -> bool:
+    bias = getattr(linear, "bias", None)
+    return (bias() if callable(bias) else bias) is not None  # torch's quantised ones have a method
 
 
 def _split(attention: Any) -> dict[str, nn.Module]:
