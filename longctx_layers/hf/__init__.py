@@ -1,7 +1,7 @@
 """The models as transformers has them: needs the extra `hf`.
 
 Importing this module registers them, so that `AutoConfig` and `AutoModelForCausalLM` know the
-folders that they saved.
+folders that they saved, and transformers' Trainer and pipelines know language models in them.
 
     import longctx_layers.hf
     model = AutoModelForCausalLM.from_pretrained("folder")

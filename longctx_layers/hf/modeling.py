@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longctx_layers.calls import DOCUMENTS, call_segments
 from longctx_layers.hf.arguments import expect_known, given_cache
@@ -22,6 +23,7 @@ from longctx_layers.hf.cache import (
     check_cache_implementation,
     expect_cache,
 )
+from longctx_layers.hf.config import MODEL_TYPE
 from longctx_layers.hf.generation import GeneratesWithPads, refuse_right_pads
 from longctx_layers.hf.loss import LOSS_ARGUMENTS, next_token_loss
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
@@ -39,6 +41,10 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
     Args:
         config: the shape of the model.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register_as_language_model(cls.__name__, cls)  # they share the model type
 
     def forward(
         self,
@@ -222,3 +228,17 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """None: the mask says where the pads are, and the layers find positions themselves."""
+
+
+def _register_as_language_model(key: str, cls: type) -> None:
+    """Make transformers treat a class as a causal language model wherever it goes by class names.
+
+    Its Trainer shifts the labels for label smoothing only for these names, and would otherwise
+    train a model to repeat its input. Pipelines, model cards and lm-eval look the names up too.
+    `AutoModelForCausalLM.register` leaves the table as it is.
+    """
+    if cls.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[key] = cls.__name__
+
+
+_register_as_language_model(MODEL_TYPE, LongCtxForCausalLM)

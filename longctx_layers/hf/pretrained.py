@@ -37,6 +37,7 @@ class LongCtxPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: LongCtxConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # else by the class's name, which a subclass chooses
         shape = config.to_model_config()
         # With a head of its own, which transformers ties, resizes and places on a device.
         self.model = LongContextLM(replace(shape, tie_embeddings=False))
