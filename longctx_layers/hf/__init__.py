@@ -10,8 +10,9 @@ folders that they saved, and transformers' Trainer and pipelines know language m
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longctx_layers.hf.cache import LongCtxCache
-from longctx_layers.hf.config import MODEL_TYPE, LongCtxConfig
+from longctx_layers.hf.config import LongCtxConfig
 from longctx_layers.hf.modeling import LongCtxForCausalLM
+from longctx_layers.pretrained import MODEL_TYPE
 
 AutoConfig.register(MODEL_TYPE, LongCtxConfig, exist_ok=True)
 AutoModelForCausalLM.register(LongCtxConfig, LongCtxForCausalLM, exist_ok=True)

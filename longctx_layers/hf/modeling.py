@@ -23,11 +23,11 @@ from longctx_layers.hf.cache import (
     check_cache_implementation,
     expect_cache,
 )
-from longctx_layers.hf.config import MODEL_TYPE
 from longctx_layers.hf.generation import GeneratesWithPads, refuse_right_pads
 from longctx_layers.hf.loss import LOSS_ARGUMENTS, next_token_loss
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
 from longctx_layers.ops.checks import expect_shape
+from longctx_layers.pretrained import MODEL_TYPE
 
 
 class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transformers' own takes
