@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from longctx_layers.layers import AttentionLayer, Projection, RopeScaling, build_layer
 from longctx_layers.layers.parameters import device_of, is_activation_dtype, weight_of
+from longctx_layers.layers.pieces import has_hooks
 
 # Decoders by class name, with the names of their list of layers and of a layer's attention.
 DECODERS = {
@@ -78,10 +79,12 @@ def build_like(
     _refuse_unsupported(attention, config)
     fused = hasattr(attention, "c_attn")
     for name in ("c_attn", "c_proj") if fused else ():
-        if not isinstance(module := getattr(attention, name), Conv1D):
+        module = getattr(attention, name)
+        if type(module) is not Conv1D or has_hooks(module):
+            found = type(module).__name__ + (" with hooks" if has_hooks(module) else "")
             raise ValueError(
-                f"{name}: expected the model's own Conv1D, got a {type(module).__name__}; it is "
-                "taken apart: merge adapters first (merge_and_unload), or add them after converting"
+                f"{name}: expected the model's own Conv1D, got a {found}; it is taken apart: merge "
+                "adapters first (merge_and_unload) and remove hooks, or add both after converting"
             )
     parts = _split(attention) if fused else {name: getattr(attention, name) for name in PROJECTIONS}
     q, k, out, head_dim = parts["q_proj"], parts["k_proj"], parts["o_proj"], attention.head_dim
