@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from longctx_layers.layers.parameters import device_of
 from longctx_layers.ops.checks import expect_count, expect_number, expect_positive
 from longctx_layers.ops.scan import running_sum
 
@@ -66,7 +67,7 @@ def generate(
             its range.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, prefill_size)
-    vocab_size, device = model.config.vocab_size, model.embedding.weight.device
+    vocab_size, device = model.config.vocab_size, device_of(model.embedding, model)
     rows = [_checked_ids("prompt", row, vocab_size, device) for row in _rows(prompt)]
     stop = _checked_ids("eos", _as_list(eos), vocab_size, device)
     if generator is not None and generator.device.type != device.type:

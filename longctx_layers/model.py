@@ -16,7 +16,7 @@ from longctx_layers.block import Block
 from longctx_layers.config import ModelConfig
 from longctx_layers.layers import build_layer
 from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
-from longctx_layers.layers.parameters import FULL_PRECISION
+from longctx_layers.layers.parameters import FULL_PRECISION, is_activation_dtype, weight_of
 from longctx_layers.layers.pieces import works_by_token
 from longctx_layers.ops.checks import (
     expect_choice,
@@ -196,9 +196,17 @@ class LongContextLM(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """The head: `[..., D]` to logits `[..., vocab_size]`."""
-        if self.head is None:
-            return F.linear(hidden, self.embedding.weight)
-        return cast(Tensor, self.head(hidden))
+        if self.head is not None:
+            return cast(Tensor, self.head(hidden))
+        weight = weight_of(self.embedding)
+        if weight is None or not is_activation_dtype(weight.dtype):
+            found = type(self.embedding).__name__ if weight is None else weight.dtype
+            raise TypeError(
+                "embedding: expected a floating-point weight, which a tied head multiplies by, got "
+                f"{found}; leave the embedding as it is, or build the model with "
+                "tie_embeddings=False"
+            )
+        return F.linear(hidden, weight)
 
     def loss(
         self,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION, SAVE_ID = "longctx_layers", 1, "save_id"
+MODEL_TYPE = "longctx"
 CHECKSUM = "weights_crc32"  # of the weights' whole file
 
 
@@ -45,7 +46,7 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
     """
     content: dict[str, Any] = {
         "format": FORMAT,
-        "model_type": "longctx",  # by which transformers knows it: see longctx_layers.hf
+        "model_type": MODEL_TYPE,  # by which transformers knows it: see longctx_layers.hf
         "format_version": FORMAT_VERSION,
         "library_version": _library_version(),
         # In both files: a save that was interrupted between them is noticed on loading.
@@ -189,7 +190,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None, int | None]:
         raise ValueError(
             f"{path}: expected a config with 'format': {FORMAT!r} and a 'model', got "
             f"{list(content)[:20] if isinstance(content, dict) else type(content).__name__}; "
-            "it is another program's: pass the folder that save_pretrained wrote"
+            f"{_way_out(content, path.parent)}"
         )
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -198,6 +199,27 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None, int | None]:
             f"{content.get('library_version')}; install that version or a later one"
         )
     return ModelConfig.from_dict(content["model"]), content.get(SAVE_ID), content.get(CHECKSUM)
+
+
+def _way_out(content: Any, folder: Path) -> str:
+    """What loads a folder whose config is not ours."""
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind == MODEL_TYPE:
+        return (
+            "the model was saved through transformers: load it with longctx_layers.hf."
+            f"LongCtxForCausalLM.from_pretrained({str(folder)!r}), whose to_native() returns a "
+            "LongContextLM"
+        )
+    if kind is not None and "longctx_attention" in content:
+        return (
+            f"it is a converted model: use longctx_layers.convert.load_converted({str(folder)!r})"
+        )
+    if kind is not None:
+        return (
+            f"it is a model of transformers, of type {kind!r}: load it with AutoModelForCausalLM; "
+            "longctx_layers.convert puts these layers into it"
+        )
+    return "it is another program's: pass the folder that save_pretrained wrote"
 
 
 def _read_weights(path: Path, device: torch.device) -> tuple[dict[str, Tensor], str | None]:

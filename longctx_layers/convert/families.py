@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from longctx_layers.layers import AttentionLayer, Projection, RopeScaling, build_layer
+from longctx_layers.layers.parameters import device_of, is_activation_dtype, weight_of
+from longctx_layers.layers.pieces import has_hooks
 
 # Decoders by class name, with the names of their list of layers and of a layer's attention.
 DECODERS = {
@@ -77,10 +79,12 @@ def build_like(
     _refuse_unsupported(attention, config)
     fused = hasattr(attention, "c_attn")
     for name in ("c_attn", "c_proj") if fused else ():
-        if not isinstance(module := getattr(attention, name), Conv1D):
+        module = getattr(attention, name)
+        if type(module) is not Conv1D or has_hooks(module):
+            found = type(module).__name__ + (" with hooks" if has_hooks(module) else "")
             raise ValueError(
-                f"{name}: expected the model's own Conv1D, got a {type(module).__name__}; it is "
-                "taken apart: merge adapters first (merge_and_unload), or add them after converting"
+                f"{name}: expected the model's own Conv1D, got a {found}; it is taken apart: merge "
+                "adapters first (merge_and_unload) and remove hooks, or add both after converting"
             )
     parts = _split(attention) if fused else {name: getattr(attention, name) for name in PROJECTIONS}
     q, k, out, head_dim = parts["q_proj"], parts["k_proj"], parts["o_proj"], attention.head_dim
@@ -93,13 +97,13 @@ def build_like(
         dropout=_dropout(attention, config) if dropout is None else dropout,
         projection=Projection(
             head_dim=head_dim,
-            bias=q.bias is not None,
-            out_bias=out.bias is not None,
+            bias=_has_bias(q),
+            out_bias=_has_bias(out),
             qk_norm=hasattr(attention, "q_norm"),
             rope_scaling=None if fused else _rope_scaling(config.rope_parameters),
         ),
-        device=out.weight.device,
-        dtype=getattr(config, "dtype", None) if not _floating(out) else out.weight.dtype,
+        device=device_of(out, attention),
+        dtype=_dtype(out, config),
         **options,
     )
     _check_window(layer, attention, config, site.layer_idx)
@@ -114,8 +118,17 @@ def build_like(
     return layer.train(attention.training)
 
 
-def _floating(linear: Any) -> bool:
-    return bool(linear.weight.is_floating_point())
+def _dtype(linear: nn.Module, config: Any) -> torch.dtype | None:
+    """That of the layer's own parameters: of the projections, or of the model if quantised."""
+    weight = weight_of(linear)
+    if weight is None or not is_activation_dtype(weight.dtype):
+        return getattr(config, "dtype", None)
+    return weight.dtype
+
+
+def _has_bias(linear: Any) -> bool:
+    bias = getattr(linear, "bias", None)
+    return (bias() if callable(bias) else bias) is not None  # torch's quantised ones have a method
 
 
 def _split(attention: Any) -> dict[str, nn.Module]:

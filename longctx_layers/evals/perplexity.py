@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longctx_layers.evals.prefill import Progress, zero_memory
 from longctx_layers.evals.scoring import Z, wilson
+from longctx_layers.layers.parameters import device_of
 from longctx_layers.model import LongContextLM
 from longctx_layers.ops.checks import expect_positive
 
@@ -73,7 +74,7 @@ def stream(
         progress: called with the number of tokens read since the last call.
     """
     expect_positive("piece", piece)
-    device = model.embedding.weight.device
+    device = device_of(model.embedding, model)
     training = model.training
     model.eval()
     losses, right, state = [], [], None

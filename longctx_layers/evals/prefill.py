@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longctx_layers.block import Block
 from longctx_layers.evals.tasks import Batch
+from longctx_layers.layers.parameters import device_of
 from longctx_layers.model import IGNORED_LABEL, LongContextLM, ModelState
 from longctx_layers.ops.checks import expect_positive
 
@@ -115,7 +116,7 @@ def answer(
         probe: whether to answer without the memory too; None comes back for a model that has none.
         tokens_at_once, progress: as for `read`.
     """
-    device = model.embedding.weight.device
+    device = device_of(model.embedding, model)
     ids, labels = batch.ids.to(device), batch.labels.to(device)
     options: dict[str, Any] = {"tokens_at_once": tokens_at_once, "progress": progress}
     asked, cut = batch.asked, max(0, batch.asked - (reach(model) or 0))

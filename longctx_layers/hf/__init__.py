@@ -1,7 +1,7 @@
 """The models as transformers has them: needs the extra `hf`.
 
 Importing this module registers them, so that `AutoConfig` and `AutoModelForCausalLM` know the
-folders that they saved.
+folders that they saved, and transformers' Trainer and pipelines know language models in them.
 
     import longctx_layers.hf
     model = AutoModelForCausalLM.from_pretrained("folder")
@@ -10,8 +10,9 @@ folders that they saved.
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longctx_layers.hf.cache import LongCtxCache
-from longctx_layers.hf.config import MODEL_TYPE, LongCtxConfig
+from longctx_layers.hf.config import LongCtxConfig
 from longctx_layers.hf.modeling import LongCtxForCausalLM
+from longctx_layers.pretrained import MODEL_TYPE
 
 AutoConfig.register(MODEL_TYPE, LongCtxConfig, exist_ok=True)
 AutoModelForCausalLM.register(LongCtxConfig, LongCtxForCausalLM, exist_ok=True)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longctx_layers.calls import DOCUMENTS, call_segments
 from longctx_layers.hf.arguments import expect_known, given_cache
@@ -26,6 +27,7 @@ from longctx_layers.hf.generation import GeneratesWithPads, refuse_right_pads
 from longctx_layers.hf.loss import LOSS_ARGUMENTS, next_token_loss
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
 from longctx_layers.ops.checks import expect_shape
+from longctx_layers.pretrained import MODEL_TYPE
 
 
 class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transformers' own takes
@@ -39,6 +41,10 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
     Args:
         config: the shape of the model.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register_as_language_model(cls.__name__, cls)  # they share the model type
 
     def forward(
         self,
@@ -101,10 +107,10 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
             )
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        x = self._embedded(input_ids, inputs_embeds)
+        tokens = self._tokens(input_ids, inputs_embeds)
         cache = self._cache(given_cache(type(self).__name__, given), use_cache)
         ids = call_segments(
-            (x.shape[0], x.shape[1]),
+            (tokens.shape[0], tokens.shape[1]),
             None if cache is None else cache.held_segment(),
             0 if cache is None else cache.get_seq_length(),
             attention_mask=attention_mask,
@@ -114,8 +120,6 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
             cu_seq_lens=cu_seq_lens_q,
             pads=None if cache is None else cache.pads,
         )
-        run = partial(self._run, keep_hidden=bool(output_hidden_states))
-        hidden = run(x, None, ids)[0] if cache is None else cache.advance(run, x, ids)
         kept: Any = logits_to_keep
         if isinstance(kept, int):
             if kept < 0:
@@ -123,13 +127,21 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
                     f"logits_to_keep: expected at least 0, got {kept}; pass 0 for all columns"
                 )
             kept = slice(-kept, None)
-        logits = self.model.project(hidden[-1][:, kept])
+        run = partial(self._run, keep_hidden=bool(output_hidden_states))
+        hidden: list[Tensor] = []
+
+        def logits_of(tokens: Tensor) -> Tensor:
+            x = self._embedded(tokens)
+            hidden.extend(run(x, None, ids)[0] if cache is None else cache.advance(run, x, ids))
+            return self.model.project(hidden[-1][:, kept])
+
+        logits: Tensor = self.model(tokens, within=logits_of)
         loss = None
         if labels is not None:
-            expect_shape("labels", labels, tuple(x.shape[:2]), "[B, T] of the call")
-            if logits.shape[1] != x.shape[1]:
+            expect_shape("labels", labels, tuple(tokens.shape[:2]), "[B, T] of the call")
+            if logits.shape[1] != tokens.shape[1]:
                 raise ValueError(
-                    f"labels: expected logits of all {x.shape[1]} columns for a loss, got "
+                    f"labels: expected logits of all {tokens.shape[1]} columns for a loss, got "
                     f"{logits.shape[1]}; leave logits_to_keep out"
                 )
             loss = next_token_loss(
@@ -145,7 +157,8 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
         as_dict = config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """What was given, ids `[B, T]` or their embeddings `[B, T, hidden_size]`."""
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"expected input_ids or inputs_embeds, got {given}; pass one of them")
@@ -153,8 +166,14 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
             assert inputs_embeds is not None
             width = self.config.hidden_size
             expect_shape("inputs_embeds", inputs_embeds, (None, None, width), "[B, T, hidden_size]")
-            return cast("Tensor", self.model.dropout(inputs_embeds))
-        return self.model.embed(input_ids, name="input_ids")
+            return inputs_embeds
+        expect_shape("input_ids", input_ids, (None, None), "[B, T]")
+        return input_ids
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        if tokens.dim() == 3:
+            return cast("Tensor", self.model.dropout(tokens))
+        return self.model.embed(tokens, name="input_ids")
 
     def _cache(self, given: Any, use_cache: bool | None) -> LongCtxCache | None:
         if given is None:
@@ -222,3 +241,17 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """None: the mask says where the pads are, and the layers find positions themselves."""
+
+
+def _register_as_language_model(key: str, cls: type) -> None:
+    """Make transformers treat a class as a causal language model wherever it goes by class names.
+
+    Its Trainer shifts the labels for label smoothing only for these names, and would otherwise
+    train a model to repeat its input. Pipelines, model cards and lm-eval look the names up too.
+    `AutoModelForCausalLM.register` leaves the table as it is.
+    """
+    if cls.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[key] = cls.__name__
+
+
+_register_as_language_model(MODEL_TYPE, LongCtxForCausalLM)

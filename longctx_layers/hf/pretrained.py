@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longctx_layers.hf.config import LongCtxConfig
@@ -14,6 +15,24 @@ from longctx_layers.layers.init import draw_linear, draw_own, draw_weight, mark_
 from longctx_layers.layers.parameters import FULL_PRECISION
 from longctx_layers.model import LongContextLM
 from longctx_layers.weight_decay import no_weight_decay
+
+
+class InnerModel(LongContextLM):
+    """A `LongContextLM` inside a model of transformers.
+
+    The outer model's call passes through this one's, so that hooks and wrappers of it take part.
+    """
+
+    def forward(
+        self,
+        ids: Tensor,
+        *args: Any,
+        within: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `LongContextLM` has it; or `within(ids)`, what the outer model makes of the tokens."""
+        return super().forward(ids, *args, **kwargs) if within is None else within(ids)
+
 
 Model = TypeVar("Model", bound="LongCtxPreTrainedModel")
 
@@ -37,9 +56,10 @@ class LongCtxPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: LongCtxConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # else by the class's name, which a subclass chooses
         shape = config.to_model_config()
         # With a head of its own, which transformers ties, resizes and places on a device.
-        self.model = LongContextLM(replace(shape, tie_embeddings=False))
+        self.model = InnerModel(replace(shape, tie_embeddings=False))
         self.model.config = shape
         self.post_init()
 

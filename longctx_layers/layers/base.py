@@ -16,10 +16,15 @@ from longctx_layers.layers.checks import (
     check_input,
     check_segment_ids,
     check_state,
-    is_activation_dtype,
 )
 from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
-from longctx_layers.layers.parameters import SpecialParameters
+from longctx_layers.layers.parameters import (
+    SpecialParameters,
+    activation_dtype,
+    device_of,
+    is_activation_dtype,
+    weight_of,
+)
 from longctx_layers.layers.pieces import by_rows, lengths, may_divide
 from longctx_layers.layers.rotary import RopeScaling, rotary_table, rotate
 from longctx_layers.layers.state import Field, Rows, arrange, tail, usable_in_training
@@ -231,7 +236,7 @@ class AttentionLayer(SpecialParameters):
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         if x.shape[1] == 0:
-            y = self.o_proj(x.new_zeros(len(x), 0, self.o_proj.in_features))
+            y = self.o_proj(x.new_zeros(len(x), 0, self.n_heads * self.head_dim))
             return y, self.init_state(len(x)) if state is None else state
         if (
             self.grain is None
@@ -263,13 +268,14 @@ class AttentionLayer(SpecialParameters):
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> Any:
         """The empty state of a batch, on the parameters' device unless another is given."""
-        weight = self._weight
+        dtype = self._dtype
+        where = device_of(self.k_proj, self) if device is None else device
         tensors = {
             name: torch.zeros(
                 batch_size,
                 *(0 if n is None else n for n in field.shape),
-                dtype=field.dtype(self._dtype),
-                device=weight.device if device is None else device,
+                dtype=field.dtype(dtype),
+                device=where,
             )
             for name, field in self._all_fields().items()
         }
@@ -302,25 +308,20 @@ class AttentionLayer(SpecialParameters):
         return {}
 
     def _check(self, x: Tensor, state: Any, segment_ids: Tensor | None) -> None:
-        name, weight = type(self).__name__, self._weight
-        check_input(name, x, self.d_model, weight)
+        name = type(self).__name__
+        check_input(name, x, self.d_model, weight_of(self.k_proj))
         if segment_ids is not None:
             check_segment_ids(name, segment_ids, x)
         if state is not None:
             check_state(name, state, self.state_type, self._all_fields(), x, self._dtype)
 
     @property
-    def _weight(self) -> Tensor:
-        weight: Tensor = self.k_proj.weight
-        return weight
-
-    @property
     def _dtype(self) -> torch.dtype:
-        """That of activations: of the first parameter that is not quantised."""
-        if is_activation_dtype(self._weight.dtype):
-            return self._weight.dtype
-        others = (p.dtype for p in self.parameters() if is_activation_dtype(p.dtype))
-        return next(others, torch.get_default_dtype())
+        """That of activations: of the first weight that is not quantised."""
+        weight = weight_of(self.k_proj)
+        if weight is not None and is_activation_dtype(weight.dtype):
+            return weight.dtype
+        return activation_dtype(self)
 
     def _all_fields(self) -> dict[str, Field]:
         return {**self.fields(), "position": Field((), "index"), "segment": Field((), "index")}

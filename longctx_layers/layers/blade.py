@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longctx_layers.layers.base import AttentionLayer, HeadNorm, Projection
 from longctx_layers.layers.blade_mlp import MlpUpdate
+from longctx_layers.layers.fusion import fuse
 from longctx_layers.layers.parameters import Gate
 from longctx_layers.layers.ssm import (
     CONV_WIDTH,
@@ -16,7 +17,7 @@ from longctx_layers.layers.ssm import (
     no_conv,
 )
 from longctx_layers.layers.state import Field
-from longctx_layers.ops import FarKeys, Segments, block_ssd, gated_norms
+from longctx_layers.ops import FarKeys, Segments, block_ssd
 from longctx_layers.ops.checks import expect_choice, expect_count, expect_positive
 from longctx_layers.ops.segments import chunk_start
 
@@ -190,7 +191,7 @@ class BLADE(AttentionLayer):
         # What a token early in its chunk has of those before it: the convolution's taps.
         r = self.state_space.add_skip(r, inputs[0])
         z = self.heads(self.gate_proj(x), self.n_heads)
-        y = gated_norms(z, o, r, self.norm_o.weight, self.norm_r.weight)
+        y = fuse(z, o, r, self.norm_o, self.norm_r)
         kept |= {"conv": conv, "readable": readable, "pending": pending}
         return y.flatten(2), kept
 

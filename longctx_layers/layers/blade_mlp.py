@@ -66,7 +66,7 @@ class MlpUpdate(nn.Module):
 
         precise = torch.promote_types(x.dtype, torch.float32)
         if state is None:
-            h = x.new_zeros(batch, self.inject.in_features, dtype=precise)
+            h = x.new_zeros(batch, layer.state_dim, dtype=precise)
             total = x.new_zeros(batch, layer.n_heads * layer.head_dim, dtype=precise)
         else:
             goes_on = packed.start[:, :1] < 0

@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx_layers.layers.parameters import is_activation_dtype
 from longctx_layers.layers.state import Field
 from longctx_layers.ops.checks import expect_dtype, expect_shape
 
 
-def is_activation_dtype(dtype: torch.dtype) -> bool:
-    """Whether activations may have it: quantised weights hold integers or floats of 8 bits."""
-    return dtype.is_floating_point and dtype.itemsize > 1
+def check_input(name: str, x: Tensor, d_model: int, weight: Tensor | None) -> None:
+    """Raise unless x is `[B, T, d_model]` in the dtype and on the device of a weight.
 
-
-def check_input(name: str, x: Tensor, d_model: int, weight: Tensor) -> None:
-    """Raise unless x is `[B, T, d_model]` in the dtype and on the device of the parameters."""
+    A projection without a weight to compare with (None) checks its input itself.
+    """
     expect_shape(f"{name}: x", x, (None, None, d_model), "[B, T, d_model]")
+    if weight is None:
+        return
     if x.device != weight.device:
         raise ValueError(
             f"{name}: x: expected a tensor on {weight.device}, as the parameters, got one on "

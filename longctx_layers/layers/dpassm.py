@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx_layers.layers.base import HeadNorm, Projection
+from longctx_layers.layers.fusion import fuse
 from longctx_layers.layers.parameters import Gate
 from longctx_layers.layers.ssm import (
     CONV_WIDTH,
@@ -18,7 +19,7 @@ from longctx_layers.layers.ssm import (
 )
 from longctx_layers.layers.state import Field
 from longctx_layers.layers.window import WindowAttention
-from longctx_layers.ops import Segments, gated_norms, ssd
+from longctx_layers.ops import Segments, ssd
 from longctx_layers.ops.checks import expect_choice, expect_positive
 
 
@@ -143,7 +144,7 @@ class DPASSM(WindowAttention):
         s, conv, h = self._state_space(x, state, segments)
         z = self.heads(self.gate_proj(x), self.n_heads)
         if self.fuse == "gate":
-            y = gated_norms(z, o, s, self.norm_o.weight, self.norm_s.weight)
+            y = fuse(z, o, s, self.norm_o, self.norm_s)
         else:
             y = o + (1 - torch.sigmoid(z)) * self.norm_s(s)
         return y.flatten(2), {**kept, "conv": conv, "h": h}

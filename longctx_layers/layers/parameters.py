@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -82,6 +83,45 @@ class Gate(SpecialParameters, nn.Linear):
 
     no_decay = ("weight", "bias")
     first_scale = 0.0
+
+
+def is_activation_dtype(dtype: torch.dtype) -> bool:
+    """Whether activations may have it: quantised weights hold integers or floats of 8 bits."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The module's weight, or None where it keeps it in another form.
+
+    In torch's own quantised modules `weight` is a method, and others call it `qweight` or `W_q`.
+    """
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def device_of(*modules: nn.Module) -> torch.device:
+    """Where the first of the modules that holds a tensor has it; the CPU if none does.
+
+    What torch packs for int8 products is no tensor, and always on a CPU.
+    """
+    for module in modules:
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        if (first := weight_of(module)) is not None or (first := next(tensors, None)) is not None:
+            return first.device
+    return torch.device("cpu")
+
+
+def activation_dtype(module: nn.Module) -> torch.dtype:
+    """That of the first of a module's own and its parts' tensors that may be an activation's.
+
+    Parameters that stay in float32 whatever the module's dtype say nothing.
+    """
+    for part in module.modules():
+        kept = getattr(part, "full_precision", ())
+        for name, tensor in itertools.chain(part._parameters.items(), part._buffers.items()):
+            if tensor is not None and name not in kept and is_activation_dtype(tensor.dtype):
+                return tensor.dtype
+    return torch.get_default_dtype()
 
 
 def precise_dtype(dtype: torch.dtype | None) -> torch.dtype:

@@ -15,6 +15,7 @@ from longctx_layers.layers.state import map_state
 TOKENS_AT_ONCE = 2048
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
 
 
 def may_divide(layer: nn.Module, x: Tensor, *, dropout: float = 0.0) -> bool:
@@ -38,16 +39,40 @@ def works_by_token(*modules: nn.Module) -> bool:
     Hooks would see pieces, and other modules (adapters that are chosen by row, activations that
     are quantised together, modules with a state) may depend on the rest of the batch.
     """
-    if any(getattr(torch_module, "_global" + name) for name in _HOOKS):
+    if _global_hooks():
         return False
     return all(_is_plain(part) for module in modules for part in module.modules())
+
+
+def may_bypass(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether an operation may use the modules' weights instead of calling the modules.
+
+    True only where nothing can tell the difference: modules of exactly this class, with plain
+    weights and without hooks.
+    """
+    if _global_hooks():
+        return False
+    return all(type(module) is kind and _is_unchanged(module) for module in modules)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of its own see the module's calls or change them."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def _global_hooks() -> bool:
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
 def _is_plain(module: nn.Module) -> bool:
     kind = type(module)
     if kind is not nn.Linear and not kind.__module__.startswith("longctx_layers."):
         return False
-    if any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__:
+    return _is_unchanged(module)
+
+
+def _is_unchanged(module: nn.Module) -> bool:
+    if has_hooks(module) or "forward" in module.__dict__:
         return False
     weights = (*module._parameters.values(), *module._buffers.values())
     return all(weight is None or type(weight) in (Tensor, nn.Parameter) for weight in weights)

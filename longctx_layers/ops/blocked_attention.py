@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longctx_layers.ops.far import FarKeys
-from longctx_layers.ops.second_order import transformed, twice_differentiable
+from longctx_layers.ops.second_order import forward_mode, transformed, twice_differentiable
 from longctx_layers.ops.segments import Segments, cover, range_start, shortened
 
 _FULL_BLOCK = 256  # queries that full attention with segments or cached keys handles at a time
@@ -78,7 +78,7 @@ def _scaled_dot_product(
         # The fused kernels have neither second nor forward derivatives. On a CPU they have no
         # dropout either: there torch itself composes it.
         drops = dropout_p > 0 and q.device.type == "cpu"
-        if drops or (torch.is_grad_enabled() and transformed()):
+        if drops or forward_mode() or (torch.is_grad_enabled() and transformed()):
             return _composed(q, k, v, mask, causal, **options)
     y: Tensor = twice_differentiable(_fused, _composed, q, k, v, mask, causal, **options)
     return y

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from longctx_layers.ops.second_order import NO_FORWARD_MODE, forward_mode
+
 
 def _version(distribution: str) -> TorchVersion | None:
     try:
@@ -30,6 +32,8 @@ def refuse(q: Tensor, *_: Tensor, dropout_p: float, **__: Any) -> str | None:
         return "is not traced by torch.compile or torch.export"
     if q.numel() == 0:
         return f"takes no empty tensors, got q of shape {list(q.shape)}"
+    if forward_mode():
+        return NO_FORWARD_MODE
     return choose(q, dropout_p)[1]
 
 

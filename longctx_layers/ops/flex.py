@@ -13,6 +13,7 @@ from torch import Tensor
 from longctx_layers.ops import triton_support
 from longctx_layers.ops.far import FarKeys
 from longctx_layers.ops.merge import far_attention, merge
+from longctx_layers.ops.second_order import NO_FORWARD_MODE, forward_mode
 from longctx_layers.ops.segments import Segments, range_start
 
 if TYPE_CHECKING:  # its import takes a while and brings torch's compiler along
@@ -32,6 +33,8 @@ def refuse(
         return f"needs a GPU or a CPU, got a tensor on {q.device.type!r}"
     if q.numel() == 0:
         return f"takes no empty tensors, got q of shape {list(q.shape)}"
+    if forward_mode():
+        return NO_FORWARD_MODE
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"takes float16, bfloat16 or float32, got {q.dtype}"
     if q.shape[-1] > _DIMS[1]:

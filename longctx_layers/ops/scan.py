@@ -12,6 +12,7 @@ from torch import Tensor
 from longctx_layers.ops import reference, triton_support
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape, expect_tensor
 from longctx_layers.ops.dispatch import Operation
+from longctx_layers.ops.second_order import forward_mode
 from longctx_layers.ops.segments import Segments, cover, shortened
 
 _TILE = 64
@@ -208,6 +209,14 @@ class _PreciseDifference(torch.autograd.Function):
         return gradient.sum(-1, dtype=ctx.wide), -gradient.sum(-2, dtype=ctx.wide), None
 
 
+class _PreciseDifferenceForward(_PreciseDifference):
+    """The same with a rule for forward-mode derivatives, which torch.compile refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, reader: Tensor, source: Tensor, _: None) -> Tensor:
+        return (reader[..., None] - source[..., None, :]).to(ctx.dtype)
+
+
 def decay_between(reader: Tensor, source: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """`exp(reader_t - source_s)` where mask allows, else 0: `[..., T, S]`.
 
@@ -220,7 +229,9 @@ def decay_between(reader: Tensor, source: Tensor, mask: Tensor, dtype: torch.dty
     else:
         lead = reader.detach().to(dtype), source.detach().to(dtype)
         exponent = lead[0][..., None] - lead[1][..., None, :]
-        exponent = exponent + _PreciseDifference.apply(reader - lead[0], source - lead[1], dtype)
+        forward = not torch.compiler.is_compiling() and forward_mode()
+        difference = _PreciseDifferenceForward if forward else _PreciseDifference
+        exponent = exponent + difference.apply(reader - lead[0], source - lead[1], dtype)
     return exponent.masked_fill(~mask, -math.inf).exp()
 
 

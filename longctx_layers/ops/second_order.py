@@ -18,13 +18,22 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Why a backend with a hand-written backward pass refuses a call for which `forward_mode` is true.
+NO_FORWARD_MODE = "has no forward-mode derivatives"
+
+
+def forward_mode() -> bool:
+    """Whether the call computes forward-mode derivatives, by `torch.func` or by dual numbers.
+
+    They do not depend on the gradient mode: `torch.no_grad` leaves them on.
+    """
+    # torch has no public function for this; `torch.func.jvp` enters a dual level too.
+    return forward_ad._current_level >= 0
+
 
 def transformed() -> bool:
-    """Whether `torch.func` transforms the call, or forward-mode gradients are computed."""
-    # Neither has a public question.
-    if forward_ad._current_level >= 0:
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether `torch.func` transforms the call, or forward-mode derivatives are computed."""
+    return forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def twice_differentiable(

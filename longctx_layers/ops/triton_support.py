@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx_layers.ops.second_order import NO_FORWARD_MODE, forward_mode
+
 OLDEST = 8  # compute capability: before, registers spill by the thousands
 MINIMUM = (3, 6)
 # NVIDIA architectures on which later versions only are right, by major compute capability.
@@ -26,6 +28,8 @@ def refuse(x: Tensor, *_: Any, **__: Any) -> str | None:
     """Why Triton's kernels can't run an operation's call, whose first argument is x, or None."""
     if x.numel() == 0:
         return f"takes no empty tensors, got one of shape {list(x.shape)}"
+    if not torch.compiler.is_compiling() and forward_mode():
+        return NO_FORWARD_MODE
     return refuse_device(x.device, x.dtype)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 pytest.importorskip("transformers", reason="needs the extra `hf`")
@@ -465,6 +466,18 @@ def test_adapters_of_gpt2_are_not_lost():
     with pytest.raises(ValueError, match="c_attn: expected the model's own Conv1D.*merge adapters"):
         convert_attention(adapted, **OPTIONS)
     assert convert_attention(adapted.merge_and_unload(), **OPTIONS) is not None
+
+
+def test_projections_that_are_taken_apart_have_no_hooks_to_lose():
+    hooks = [
+        lambda module: module.register_forward_hook(lambda m, x, y: 2 * y),
+        lambda module: parametrize.register_parametrization(module, "weight", nn.Softplus()),
+    ]
+    for hook in hooks:
+        model = pretrained("gpt2")
+        hook(model.transformer.h[1].attn.c_proj)
+        with pytest.raises(ValueError, match="c_proj: expected the model's own Conv1D, got a "):
+            convert_attention(model, "dpassm")
 
 
 def test_refused_models():

@@ -9,10 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 from hf_models import VOCABULARY, every_pattern, hf_model
+from pretrained_models import pretrained
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from longctx_layers import LongContextLM
+from longctx_layers.convert import convert_attention
 from longctx_layers.hf import LongCtxCache, LongCtxConfig, LongCtxForCausalLM
 from longctx_layers.testing import parameter_dtypes, rates, small_model
 
@@ -65,6 +67,22 @@ def test_our_own_folder_and_back(pattern: tuple[str, ...], tied: bool, tmp_path:
     back = LongContextLM.from_pretrained(tmp_path / "back")
     assert back.config == native.config
     assert_same_weights(back, native)
+
+
+def test_a_folder_of_transformers_names_what_loads_it(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("ours", "llama", "converted")}
+    hf_model("window").save_pretrained(folders["ours"])
+    llama = pretrained("llama")
+    llama.save_pretrained(folders["llama"])
+    convert_attention(llama, "window", window_size=8).save_pretrained(folders["converted"])
+    ways = {
+        "ours": r"LongCtxForCausalLM\.from_pretrained\('.*ours'\), whose to_native\(\)",
+        "llama": "type 'llama': load it with AutoModelForCausalLM",
+        "converted": r"use longctx_layers\.convert\.load_converted\('.*converted'\)",
+    }
+    for name, way in ways.items():
+        with pytest.raises(ValueError, match=way):
+            LongContextLM.from_pretrained(folders[name])
 
 
 @tied_or_not

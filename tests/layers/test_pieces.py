@@ -80,7 +80,7 @@ def test_hooks_see_whole_calls(case, kind, x, small_pieces, monkeypatch):
         seen.clear()
         whole(monkeypatch, layer, x)
         assert found == seen, name
-        assert len(found) == ("norm" not in name or case == "dpassm-residual"), name
+        assert len(found) == 1, name
 
 
 @CASES
