@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from longctx_layers.layers.state import map_state
@@ -15,6 +16,8 @@ from longctx_layers.layers.state import map_state
 TOKENS_AT_ONCE = 2048
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Fake tensors stand for plain ones where a call is traced or its memory estimated.
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 _GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
 
 
@@ -75,7 +78,7 @@ def _is_unchanged(module: nn.Module) -> bool:
     if has_hooks(module) or "forward" in module.__dict__:
         return False
     weights = (*module._parameters.values(), *module._buffers.values())
-    return all(weight is None or type(weight) in (Tensor, nn.Parameter) for weight in weights)
+    return all(weight is None or type(weight) in _PLAIN for weight in weights)
 
 
 def by_rows(

@@ -33,9 +33,9 @@ CASES = {
 }
 
 
-# Workers and drawn lengths are also among the kinds of kill_campaign.py.
+# The others are also among the kinds of kill_campaign.py; test_data_flags.py resumes them unkilled.
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "workers" else c for c in CASES]
+    "case", [c if c == "state" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
 def test_killed_and_resumed_is_bit_for_bit_the_same(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
