@@ -29,7 +29,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longctx_layers import parameter_groups
 from longctx_layers.convert import convert_attention
 
 OPTIONS: dict[str, dict[str, Any]] = {"dpassm": {"ssm_state_dim": 16}, "window": {}}
@@ -75,21 +74,17 @@ def small_llama(args: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def groups(module: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
-    """Groups for the optimizer: parameters of the state, which begin at nothing, learn faster."""
-    # Their full names: a Llama's feed-forward layer has a gate_proj, too.
-    fresh = {
-        id(parameter)
-        for name, parameter in module.named_parameters()
-        if any(f"layer.{part}" in name for part in FRESH)
-    }
+    """Parameters for the optimizer: those of the state, which begin at nothing, learn faster."""
+    kept, fresh, scales = [], [], []
+    for name, parameter in module.named_parameters():
+        # Their full names: a Llama's feed-forward layer has a gate_proj, too.
+        state = any(f"layer.{part}" in name for part in FRESH)
+        scale = parameter.dim() == 1 or "norm_s" in name
+        (kept if not state else scales if scale else fresh).append(parameter)
     return [
-        {**group, "params": part, "lr": factor * rate}
-        for group in parameter_groups(module, weight_decay=0.05)
-        for factor, part in (
-            (1, [p for p in group["params"] if id(p) not in fresh]),
-            (5, [p for p in group["params"] if id(p) in fresh]),
-        )
-        if part
+        {"params": kept, "lr": rate},
+        {"params": fresh, "lr": 5 * rate},
+        {"params": scales, "lr": 5 * rate, "weight_decay": 0.0},
     ]
 
 
@@ -102,7 +97,7 @@ def optimize(
     args: argparse.Namespace,
 ) -> None:
     """AdamW with warm-up, a cosine and clipping on `loss_of(ids)`, ids `[B, T + 1]`."""
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
     clipped = [p for group in parameters for p in group["params"]]
     warm_up = max(1, steps // 10)
 
