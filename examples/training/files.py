@@ -55,8 +55,8 @@ UNREAD = {
     "a PDF": re.compile(rb"%PDF-"),
 }
 UNREAD_SUFFIXES = {".orc": "ORC", ".avro": "Avro", ".pkl": "a pickle", ".dta": "a Stata file"}
-# An object of JSON, or arrays around one: a text file that begins like this holds records.
 BLANK = " \t\r\n\ufeff"  # also byte-order marks, which joined files can have anywhere
+# An object of JSON, or arrays around one: a text file that begins like this holds records.
 JSON_RECORD = re.compile(r'\s*(\[\s*)*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from longctx_layers.layers import AttentionLayer, Projection, RopeScaling, build_layer
-from longctx_layers.layers.parameters import device_of, is_activation_dtype, weight_of
+from longctx_layers.layers.parameters import device_of, weight_dtype
 from longctx_layers.layers.pieces import has_hooks
 
 # Decoders by class name, with the names of their list of layers and of a layer's attention.
@@ -103,7 +103,7 @@ def build_like(
             rope_scaling=None if fused else _rope_scaling(config.rope_parameters),
         ),
         device=device_of(out, attention),
-        dtype=_dtype(out, config),
+        dtype=weight_dtype(out) or getattr(config, "dtype", None),
         **options,
     )
     _check_window(layer, attention, config, site.layer_idx)
@@ -116,14 +116,6 @@ def build_like(
         if getattr(layer, f"global_{name}", None) is not None:
             setattr(layer, f"global_{name}", deepcopy(parts[name]))
     return layer.train(attention.training)
-
-
-def _dtype(linear: nn.Module, config: Any) -> torch.dtype | None:
-    """That of the layer's own parameters: of the projections, or of the model if quantised."""
-    weight = weight_of(linear)
-    if weight is None or not is_activation_dtype(weight.dtype):
-        return getattr(config, "dtype", None)
-    return weight.dtype
 
 
 def _has_bias(linear: Any) -> bool:

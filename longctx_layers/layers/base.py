@@ -22,7 +22,7 @@ from longctx_layers.layers.parameters import (
     SpecialParameters,
     activation_dtype,
     device_of,
-    is_activation_dtype,
+    weight_dtype,
     weight_of,
 )
 from longctx_layers.layers.pieces import by_rows, lengths, may_divide
@@ -318,10 +318,7 @@ class AttentionLayer(SpecialParameters):
     @property
     def _dtype(self) -> torch.dtype:
         """That of activations: of the first weight that is not quantised."""
-        weight = weight_of(self.k_proj)
-        if weight is not None and is_activation_dtype(weight.dtype):
-            return weight.dtype
-        return activation_dtype(self)
+        return weight_dtype(self.k_proj) or activation_dtype(self)
 
     def _all_fields(self) -> dict[str, Field]:
         return {**self.fields(), "position": Field((), "index"), "segment": Field((), "index")}

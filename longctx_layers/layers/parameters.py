@@ -99,6 +99,12 @@ def weight_of(module: nn.Module) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
+def weight_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the module's weight; None where it has none or a quantised one."""
+    weight = weight_of(module)
+    return weight.dtype if weight is not None and is_activation_dtype(weight.dtype) else None
+
+
 def device_of(*modules: nn.Module) -> torch.device:
     """Where the first of the modules that holds a tensor has it; the CPU if none does.
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hf_models import VOCABULARY, every_pattern, hf_model
+from hf_models import VOCABULARY, every_pattern, hf_model, some_ids
 from pretrained_models import pretrained
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -19,10 +19,6 @@ from longctx_layers.hf import LongCtxCache, LongCtxConfig, LongCtxForCausalLM
 from longctx_layers.testing import parameter_dtypes, rates, small_model
 
 tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-
-
-def some_ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:

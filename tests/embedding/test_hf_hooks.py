@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import torch
-from hf_models import every_pattern, hf_model
+from hf_models import every_pattern, hf_model, some_ids
 from torch import nn
 
 from longctx_layers.hf.cache import CACHE_NAME
-
-
-def some_ids():
-    return torch.randint(0, 13, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 @every_pattern
@@ -21,12 +17,12 @@ def test_every_module_is_called_once(pattern):
         if not isinstance(module, nn.ModuleList):
             module.register_forward_hook(lambda module, inputs, y, name=name: seen.append(name))
     expected = {n for n, m in model.named_modules() if not isinstance(m, nn.ModuleList)}
-    model(some_ids())
+    model(some_ids(2, 9))
     assert sorted(seen) == sorted(expected)
 
 
 def test_hooks_on_the_inner_model_see_tokens_and_change_logits():
-    model, ids, seen = hf_model("dpassm"), some_ids(), []
+    model, ids, seen = hf_model("dpassm"), some_ids(2, 9), []
     expected = model(ids.flip(1), labels=ids).logits
 
     def flip(module, inputs):
@@ -53,5 +49,5 @@ def test_hooks_on_the_inner_model_see_tokens_and_change_logits():
 def test_backward_hooks_on_the_inner_model():
     model, seen = hf_model("blade"), []
     model.model.register_full_backward_hook(lambda module, dx, dy: seen.append(dy[0].shape))
-    model(some_ids(), labels=some_ids()).loss.backward()
+    model(some_ids(2, 9), labels=some_ids(2, 9)).loss.backward()
     assert seen == [(2, 9, 13)]

@@ -33,7 +33,7 @@ def with_adapters(model):
 
 
 def smoothed(logits, targets):
-    """Of logits and the labels that they predict, both one behind the other."""
+    """The smoothed loss of logits `[N, V]` and the label `[N]` that each of them predicts."""
     logs = logits.log_softmax(-1)
     own = -logs.gather(-1, targets[:, None])[:, 0]
     return ((1 - FACTOR) * own - FACTOR * logs.mean(-1)).mean()

@@ -3,14 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_models import hf_model
+from hf_models import hf_model, some_ids
 from torch import Tensor
 
 from longctx_layers.hf import LongCtxForCausalLM
-
-
-def some_ids(*shape: int) -> Tensor:
-    return torch.randint(0, 13, shape, generator=torch.Generator().manual_seed(0))
 
 
 def by_hand(model: LongCtxForCausalLM, documents: list[Tensor]) -> Tensor:

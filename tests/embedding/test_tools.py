@@ -261,7 +261,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_fully_sharded_models_train_as_one(size, tmp_path):
-    """A model of ours, and a converted one."""
+    """One of our own models and one that was converted."""
     command = [sys.executable, "-c", WORKER]
     workers = [
         subprocess.Popen(

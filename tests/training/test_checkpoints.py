@@ -115,18 +115,18 @@ def refused(capsys, *flags):
 
 
 def test_older_files_are_pruned_and_foreign_ones_left_alone(copied):
-    """Across resumptions; of a run before it in the same folder; and on another course."""
+    """Across resumptions, after an earlier run in the same folder, and for a run that branches."""
     every = ("--checkpoint.every_n_steps=1", "--checkpoint.keep=2")
     Path("logs/checkpoints/mine.ckpt").write_bytes(b"notes")
     fit(*merged(*FLAGS, *every, "--trainer.max_steps=5", "--ckpt_path=last"))
     fit(*merged(*FLAGS, *every, "--trainer.max_steps=6", "--ckpt_path=last"))
     assert names() == ["mine.ckpt", "step=00000005.ckpt", "step=00000006.ckpt"]
-    # Not the last: the run goes on from 5 on another course, which keeps what lies beyond.
+    # Resumed from step 5, not the last one: the run branches off, and the other branch is kept.
     first = "--ckpt_path=logs/checkpoints/step=00000005.ckpt"
     fit(*merged(*FLAGS, *every, "--trainer.max_steps=7", first))
     own = ["step=00000006-v1.ckpt", "step=00000007.ckpt"]
     assert names() == ["mine.ckpt", *own[:1], "step=00000006.ckpt", *own[1:]]
-    # Another run from the start: behind the other in training, and yet the last.
+    # A run from the start has fewer steps behind it, but it wrote last.
     fit(*merged(*FLAGS, *every, "--trainer.max_steps=1"))
     assert newest_checkpoint("logs").name == "step=00000001.ckpt"
     assert len(names()) == 5
