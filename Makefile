@@ -7,7 +7,7 @@ PUBLISHED := $(if $(PUBLISH),--publish)
 # loadgroup: tests that share something costly to build name a group and run in one process.
 TESTS := -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: help setup environment demo compare proofs test test-slow test-newest test-oldest lint \
+.PHONY: help setup environment demo compare results proofs test test-slow test-newest test-oldest lint \
 	bench bench-peers targets kernels gpu-check clean
 
 help:
@@ -19,7 +19,7 @@ help:
 	@echo "                versions of all libraries, in .venv-newest and .venv-oldest (several GB each)"
 	@echo "make lint       ruff and mypy"
 	@echo "make compare    train all blocks at one size on real text, and compare them: half an hour"
-	@echo "make proofs     what the layers remember; hours of one core, and continues where it stopped"
+	@echo "make results    what the layers remember; hours of one core, and continues where it stopped"
 	@echo "make bench      every layer and operation: forward, forward with backward, decode"
 	@echo "make bench-peers  installs other libraries from PyPI; a table of them beside ours"
 	@echo "make targets    what the CPU path must reach, measured: half an hour"
@@ -48,9 +48,10 @@ demo: environment
 compare: environment
 	$(BIN)/python examples/compare.py $(PUBLISHED)
 
-# What was measured before is kept, and what is missing is measured.
-proofs: environment
-	$(BIN)/python examples/proofs.py $(PUBLISHED)
+# What was measured before is kept, and what is missing is measured. `proofs` is its old name.
+proofs: results
+results: environment
+	$(BIN)/python -m benchmarks.memory.results $(PUBLISHED)
 
 test: environment
 	$(BIN)/pytest $(TESTS) -m "not slow"
@@ -79,19 +80,19 @@ bench: environment
 
 bench-peers: environment
 	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/peers_table.py $(PUBLISHED)
+	$(BIN)/python -m benchmarks.speed.peers_table $(PUBLISHED)
 
 targets: environment
-	$(BIN)/python benchmarks/targets.py $(PUBLISHED)
+	$(BIN)/python -m benchmarks.speed.targets $(PUBLISHED)
 
 kernels: environment
-	$(BIN)/python tests/kernels/table.py $(PUBLISHED)
+	$(BIN)/python -m benchmarks.kernels.table $(PUBLISHED)
 
 # Without a GPU the tests run on a stand-in, and then it ends with an error: nothing to measure.
 gpu-check: environment
 	$(BIN)/pytest tests/kernels/test_gpu.py -rs
 	$(BIN)/python -c "import longctx_layers; raise SystemExit(not longctx_layers.selfcheck())"
-	$(BIN)/python benchmarks/gpu_table.py $(PUBLISHED)
+	$(BIN)/python -m benchmarks.speed.gpu_table $(PUBLISHED)
 
 clean:
 	rm -rf .venv .venv-newest .venv-oldest build dist *.egg-info

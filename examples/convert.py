@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from demo import documents, paired, split, stretch, windows
-from output import add_output, write
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longctx_layers.convert import convert_attention
+from longctx_layers.data.byte_text import documents, split, stretch, windows
+from longctx_layers.files import write
+from longctx_layers.reports.files import add_output
 
 OPTIONS: dict[str, dict[str, Any]] = {"dpassm": {"ssm_state_dim": 16}, "window": {}}
 KINDS = tuple(OPTIONS)
@@ -60,6 +61,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"{args.window_size}"
         )
     return args
+
+
+def paired(first: Tensor, second: Tensor) -> dict[str, float]:
+    """Mean difference of two rows of losses `[n]`, with its 95 % interval (normal, paired)."""
+    difference = (first - second).double()
+    half = 1.96 * difference.std().item() / math.sqrt(len(difference))
+    mean = difference.mean().item()
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def small_llama(args: argparse.Namespace) -> LlamaForCausalLM:

@@ -15,20 +15,21 @@ import math
 import platform
 import random
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from demo_report import draw_loss_curves, draw_positions, page
-from output import add_output, write
 from torch import Tensor
 from tqdm import tqdm
 
 from longctx_layers import LongContextLM, create_model, parameter_groups
+from longctx_layers.data.byte_text import documents, split, stretch, windows
+from longctx_layers.evals import buckets
+from longctx_layers.files import write
+from longctx_layers.reports.figures import STYLES, lengths_along, mark_place, new_figure, png
+from longctx_layers.reports.files import add_output
 
-SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 MODELS = {
     "dpassm": {"ssm_state_dim": 16},
     "window": {},
@@ -58,52 +59,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.learning_rate <= 0:
         parser.error(f"--learning-rate: expected a number above 0, got {args.learning_rate}")
     return args
-
-
-def documents(text: Path | None, shortest: int) -> list[bytes]:
-    """Documents of at least `shortest` bytes, in a fixed order.
-
-    Raises:
-        ValueError: if there are fewer than ten.
-    """
-    root = Path(sysconfig.get_path("stdlib")) if text is None else text
-    pattern = "*.py" if text is None else "*"
-    paths = [root] if root.is_file() else sorted(root.rglob(pattern))
-    found = []
-    for path in paths:
-        if path.is_file() and not SKIPPED & set(path.relative_to(root).parts):
-            found.append(path.read_bytes())
-    if root.is_file():  # one file is cut into documents
-        size = max(4 * shortest, len(found[0]) // 50)
-        found = [found[0][i : i + size] for i in range(0, len(found[0]), size)]
-    found = [document for document in found if len(document) >= shortest]
-    if len(found) < 10:
-        raise ValueError(
-            f"text: expected at least 10 documents of {shortest} bytes under {root}, found "
-            f"{len(found)}; pass --text with a longer file or folder, or a shorter length"
-        )
-    return found
-
-
-def split(found: list[bytes], seed: int) -> tuple[list[bytes], list[bytes]]:
-    """Training and validation documents: one in eight is held out."""
-    found = list(found)
-    random.Random(seed).shuffle(found)
-    held_out = max(2, len(found) // 8)
-    return found[held_out:], found[:held_out]
-
-
-def windows(found: list[bytes], count: int, length: int, draw: random.Random) -> Tensor:
-    """`[count, length + 1]` ids: windows at random places, documents weighted by length."""
-    drawn = draw.choices(found, weights=[len(d) for d in found], k=count)
-    return torch.stack([stretch(document, length, draw) for document in drawn])
-
-
-def stretch(document: bytes, length: int, draw: random.Random) -> Tensor:
-    """`[length + 1]` ids from a random place."""
-    begin = draw.randrange(len(document) - length)
-    part = bytearray(document[begin : begin + length + 1])
-    return torch.frombuffer(part, dtype=torch.uint8).long()
 
 
 def train(
@@ -169,6 +124,113 @@ def paired(first: Tensor, second: Tensor) -> dict[str, float]:
     half = 1.96 * difference.std().item() / math.sqrt(len(difference))
     mean = difference.mean().item()
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+# ---- The page
+
+COLOURS = {name: STYLES[name][0] for name in ("dpassm", "window")}
+LABELS = {"dpassm": "DPASSM (window and state)", "window": "window alone"}
+
+
+def draw_loss_curves(metrics: dict[str, Any]) -> bytes:
+    """Training loss by step, smoothed over ten steps, as a PNG."""
+    figure, axes = new_figure(
+        "Same tokens, same number of parameters", "training step", "training loss (nats per byte)"
+    )
+    for name, result in metrics["models"].items():
+        losses = result["train_loss"]
+        smooth = [sum(losses[max(0, i - 9) : i + 1]) / min(10, i + 1) for i in range(len(losses))]
+        axes.plot(range(1, len(losses) + 1), smooth, color=COLOURS[name], label=LABELS[name])
+    return png(figure, axes, columns=2)
+
+
+def draw_positions(metrics: dict[str, Any]) -> bytes:
+    """Validation loss by position, as a PNG."""
+    figure, axes = new_figure(
+        "Loss by position, in files that neither model saw",
+        "position in the sequence (bytes)",
+        "validation loss (nats per byte)",
+    )
+    zeroed = metrics["zeroed"]
+    lines = [
+        (name, result["by_position"], "o-", LABELS[name])
+        for name, result in metrics["models"].items()
+    ]
+    label = f"DPASSM, state zeroed every {metrics['reach']} bytes"
+    lines.append(("dpassm", zeroed["by_position"], "o:", label))
+    for name, losses, style, label in lines:
+        rows = buckets(losses)
+        places = [(first * last) ** 0.5 for first, last, _ in rows]
+        means = [mean for _, _, mean in rows]
+        axes.plot(places, means, style, color=COLOURS[name], label=label)
+    lengths_along(axes)
+    mark_place(axes, metrics["reach"], "reach of the\nstacked windows")
+    mark_place(axes, metrics["settings"]["sequence_length"], "training\nlength")
+    return png(figure, axes, columns=2)
+
+
+def page(metrics: dict[str, Any]) -> str:
+    """The Markdown page."""
+    gain, settings = metrics["window_minus_dpassm"], metrics["settings"]
+    zeroed = metrics["zeroed"]
+    cost = zeroed["minus_dpassm"]
+    seen = settings["steps"] * settings["batch_size"] * settings["sequence_length"]
+    rows = [
+        f"| {LABELS[name]} | {r['parameters']:,} | {r['loss']:.4f} | {r['bits_per_byte']:.3f} | "
+        f"{r['perplexity']:.3f} | {r['tokens_per_second']:,.0f} | {r['train_seconds']:.0f} | "
+        f"{r['state_bytes'][1000000]:,} |"
+        for name, r in metrics["models"].items()
+    ]
+    both = zip(
+        buckets(metrics["models"]["dpassm"]["by_position"]),
+        buckets(metrics["models"]["window"]["by_position"]),
+        strict=True,
+    )
+    positions = [
+        f"| {first} to {last} | {with_state:.3f} | {alone:.3f} | {alone - with_state:.3f} |"
+        for (first, last, with_state), (_, _, alone) in both
+    ]
+    return "\n".join(
+        [
+            "# A small DPASSM beside its window alone",
+            "",
+            f"`{metrics['command'].strip()}` on {metrics['machine']}. Both models saw the same "
+            f"{seen:,} bytes in "
+            f"sequences of {settings['sequence_length']}, with windows of "
+            f"{settings['window_size']}; validation is on {metrics['validation_length']:,} bytes "
+            f"of each of {metrics['validation_documents']} files that neither saw.",
+            "",
+            "| model | parameters | validation loss (nats/byte) | bits/byte | perplexity/byte | "
+            "training tokens/s | training s | state bytes at 1,000,000 tokens |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Window minus DPASSM, paired: **{gain['mean']:.4f} nats per byte**, 95 % interval "
+            f"{gain['low']:.4f} to {gain['high']:.4f}. With its state zeroed every "
+            f"{metrics['reach']} bytes, as far as the stacked windows reach, DPASSM loses "
+            f"{cost['mean']:.4f} nats ({cost['low']:.4f} to {cost['high']:.4f}): so much at most "
+            "is memory of what lies further back. "
+            f"One pass and pieces of {settings['sequence_length']} bytes differ by at most "
+            f"{metrics['largest_difference_in_pieces']:.1e} nats in any token.",
+            "",
+            "![training loss](loss_curves.png)",
+            "",
+            "![loss by position](loss_by_position.png)",
+            "",
+            "| position | DPASSM | window alone | gain |",
+            "|---|---|---|---|",
+            *positions,
+            "",
+            "Two hundred bytes that DPASSM wrote after a prompt out of a held-out file:",
+            "",
+            "```python",
+            (metrics["prompt"] + " ⟦model writes⟧ " + metrics["continuation"]).replace(
+                "```", "'''"
+            ),
+            "```",
+            "",
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -1,44 +1,9 @@
-r"""Does a model remember, and how far? Memory tasks at lengths that double.
+"""Measure what a model remembers, and how far: docs/evaluation.md.
 
-    python examples/evaluate.py --task passkey --block dpassm --train_steps 1000 \
-        --window_size 16 --seq_len 256 --max_len 8192
-    python examples/evaluate.py --task needle --checkpoint_path logs/checkpoints/last.ckpt \
-        --seq_len 1024 --max_len 32768
-    python examples/evaluate.py --task streaming_ppl --pretrained_model model --max_len 100000
-
-Rows are added to OUTPUT_DIR/TASK.jsonl as they are measured; the same command again measures what
-is missing. docs/evaluation.md says what the tasks are.
+The same as `python -m longctx_layers.evals.synthetic`.
 """
 
-from __future__ import annotations
-
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))  # also as python -m examples.evaluate
-
-from evaluation.measuring import measure, settle
-from evaluation.options import check, parser
-from evaluation.table import table
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Run the command line; returns the rows by length."""
-    flags = parser(str(__doc__).splitlines()[0])
-    args: argparse.Namespace = flags.parse_args(argv)
-    try:
-        check(args)
-        rows = measure(settle(args))
-    except (OSError, ValueError, TypeError) as error:  # OSError: ConnectionError among others
-        flags.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        flags.exit(130, "\nInterrupted. What was measured is kept: the same command goes on.\n")
-    print(table(rows, args))
-    return rows
-
+from longctx_layers.evals.synthetic import main
 
 if __name__ == "__main__":
     main()

@@ -23,12 +23,13 @@ from typing import Any
 
 import matplotlib
 import torch
-from output import add_output, write
 from torch import Tensor
 from tqdm import tqdm
 
 from longctx_layers import LAYERS, LongContextLM, create_model
-from longctx_layers.sizes import SIZES
+from longctx_layers.files import write
+from longctx_layers.lm.factory import SIZES
+from longctx_layers.reports.files import add_output
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -6,10 +6,11 @@ y, state = layer(x)                   # x, y: [batch, length, 256]
 y2, state = layer(more, state)        # goes on where the first call stopped
 """
 
+import sys as _sys
 from importlib.metadata import version as _version
 
 from longctx_layers import ops
-from longctx_layers.config import ModelConfig
+from longctx_layers._moved import MovedFinder as _MovedFinder
 from longctx_layers.layers import (
     BLADE,
     DPASSM,
@@ -24,13 +25,15 @@ from longctx_layers.layers import (
     select_rows,
     state_to,
 )
-from longctx_layers.model import LongContextLM
+from longctx_layers.lm.config import ModelConfig
+from longctx_layers.lm.factory import create_model
+from longctx_layers.lm.model import LongContextLM
 from longctx_layers.ops import explain, use_backend
 from longctx_layers.self_check import selfcheck
-from longctx_layers.sizes import create_model
 from longctx_layers.weight_decay import no_weight_decay, parameter_groups
 
 __version__ = _version("longctx-layers")
+_sys.meta_path.append(_MovedFinder())
 
 __all__ = [
     "DPASSM",

@@ -1,12 +1,180 @@
-"""Several files that change together or not at all."""
+"""Files and folders that are written whole or not at all, whatever happens to the process."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+# What a full or read-only disk, a quota, a limit or missing rights say.
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)
+
+
+class StorageError(OSError):
+    """Something could not be written; the message says what, why, and what is left."""
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Check that files can be made in a folder, or in what is there of it; nothing stays behind.
+
+    Raises:
+        StorageError: if they cannot; it names the flag that chose the folder.
+    """
+    place = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise StorageError(
+            f"{flag}: expected a folder to write into, got {folder} ({error.strerror}); allow "
+            "writing there, or choose another"
+        ) from error
+
+
+def write_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Make `folder` by calling `write(partial)` on an empty one beside it, unless it is there.
+
+    The finished folder is on the disk before it gets its name, in one step. Of several processes
+    one writes and the others wait; what a killed one left behind is removed by the next.
+
+    Raises:
+        StorageError: if it cannot be written; nothing of it is left.
+    """
+    if folder.exists():
+        return
+    try:
+        _write_locked(folder, write)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:  # of what is read, not of what is written
+            raise
+        raise StorageError(
+            f"cache: could not write {folder} ({error.strerror}); nothing of it is left: make room "
+            "or allow writing there, or choose another --data.cache_dir"
+        ) from error
+
+
+def _write_locked(folder: Path, write: Callable[[Path], None]) -> None:
+    from filelock import FileLock  # torch brings it; only caches need it
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if folder.exists():
+            return
+        prefix = f".{folder.name}.partial-"
+        for left_behind in folder.parent.glob(prefix + "*"):
+            shutil.rmtree(left_behind)
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+        try:
+            write(partial)
+            for path in [*partial.rglob("*"), partial]:
+                _flush(path)
+            partial.chmod(0o755)
+            os.rename(partial, folder)
+            _flush(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, with its folder.
+
+    Raises:
+        OSError: if it cannot be written; an earlier file is as it was, and nothing else is left.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(partial, path)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    finally:
+        if os.path.lexists(partial):
+            partial.unlink()
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Fill an empty folder; at the end its files are moved to `folder`, whole and all or none.
+
+    Files of folders within it go to the folders of their names. A folder that is there keeps its
+    other files. One that is not appears in one step.
+
+    Raises:
+        OSError: if it cannot be written. After this and any other error it is as it was; so are
+            its parents.
+    """
+    made = [p for p in folder.absolute().parents if not p.exists()]  # the deepest first
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Inside a folder that is there: the one around it may be read-only, or of another disk.
+        place = folder if folder.exists() else folder.parent
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=place))
+        yield partial
+        if folder.exists():
+            places = {path: folder / path.relative_to(partial) for path in partial.rglob("*")}
+            for path, place in sorted(places.items()):
+                if path.is_dir() and not place.exists():
+                    place.mkdir()
+                    made.insert(0, place)
+            replace_all({path: place for path, place in places.items() if path.is_file()})
+        else:
+            partial.chmod(0o777 & ~_umask())
+            os.rename(partial, folder)
+        made = []
+    except NotRestoredError:
+        made = []  # there may be files in them
+        raise
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial)
+        for parent in made:
+            if parent.exists():
+                parent.rmdir()
+
+
+def _umask() -> int:
+    now = os.umask(0)  # which can only be read by setting it
+    os.umask(now)
+    return now
+
+
+def _unwritten(path: Path, error: OSError) -> OSError:
+    return OSError(
+        f"could not write {path} ({error.strerror or error}), which is as it was before; make room "
+        "or allow writing there, or choose another place"
+    )
+
+
+def check_targets(folder: Path, names: Iterable[str]) -> None:
+    """Check that files of these names can be written under a folder; nothing stays behind there.
+
+    Raises:
+        OSError: if a folder has the name of a file, or no file can be made in one of the folders.
+    """
+    targets = [folder / name for name in names]
+    if taken := [str(target) for target in targets if target.is_dir()]:
+        raise IsADirectoryError(
+            f"--output_dir: expected files or nothing at {', '.join(taken)}, got a folder; move it "
+            "away, or choose another --output_dir"
+        )
+    for parent in dict.fromkeys([folder, *(target.parent for target in targets)]):
+        check_writable(parent, "--output_dir")
 
 
 class NotRestoredError(OSError):
@@ -69,5 +237,8 @@ def _copy(path: Path, copy: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)  # of a file or a folder
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from longctx_layers import ops
 from longctx_layers.ops import BACKENDS, FarKeys, Segments
-from longctx_layers.ops.dispatch import RefusedError
+from longctx_layers.ops.backends import RefusedError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longctx_layers.config import ModelConfig
 from longctx_layers.layers import (
     AttentionLayer,
     Projection,
@@ -18,7 +17,8 @@ from longctx_layers.layers import (
     build_layer,
     layer_options,
 )
-from longctx_layers.model import LongContextLM
+from longctx_layers.lm.config import ModelConfig
+from longctx_layers.lm.model import LongContextLM
 from longctx_layers.self_check import error_budget, max_error
 
 # Every layer of the registry with each of its options, small enough for a property test.

@@ -8,17 +8,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from output import add_output
+
+from longctx_layers.reports.files import add_output
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     "demo": "examples/demo.py",
     "compare": "examples/compare.py",
-    "proofs": "examples/proofs.py",
-    "bench-peers": "benchmarks/peers_table.py",
-    "targets": "benchmarks/targets.py",
-    "kernels": "tests/kernels/table.py",
-    "gpu-check": "benchmarks/gpu_table.py",
+    "results": "-m benchmarks.memory.results",
+    "proofs": "-m benchmarks.memory.results",
+    "bench-peers": "-m benchmarks.speed.peers_table",
+    "targets": "-m benchmarks.speed.targets",
+    "kernels": "-m benchmarks.kernels.table",
+    "gpu-check": "-m benchmarks.speed.gpu_table",
 }
 # Stands in for an interpreter: `-m venv` makes a folder with itself as its python, `-m pip install`
 # puts the tools there, and files in the checkout break either on the way.

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import inputs, results
+from support.op_cases import inputs, results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx_layers.layers import detach_state
-from longctx_layers.ops import Segments, scan
+from longctx_layers.ops import Segments
+from longctx_layers.ops.state_space import diagonal as scan
 from longctx_layers.testing import LAYER_CASES, small_layer, small_model
 
-KERNELS = Path(scan.__file__).parents[2] / "kernels"
+KERNELS = Path(__file__).parents[1] / "kernels"
 # Of floats on a GPU these raise in deterministic mode: see torch.use_deterministic_algorithms.
 NOT_DETERMINISTIC = {"cumsum", "cumprod", "put_", "histc", "bincount", "kthvalue", "median"}
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from output import write_folder
-from reporting.files import write_all
 
-from longctx_layers.files import NotRestoredError, replace_all
+from longctx_layers.files import NotRestoredError, replace_all, write_folder
+from longctx_layers.reports.files import write_all
 from longctx_layers.testing import small_model
 
 NAMES = ("a", "b", "c")

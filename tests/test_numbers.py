@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import inputs, results
+from support.op_cases import inputs, results
 from torch import Tensor
 
 from longctx_layers.layers import AttentionLayer

@@ -54,6 +54,9 @@ def library_files() -> dict[str, Path]:
     }
 
 
+DATA_FILES = {"longctx_layers/py.typed", "longctx_layers/reports/page.html"}
+
+
 # ---- The wheel and the editable install
 
 
@@ -93,7 +96,7 @@ def assert_imports_from(place: Path, python: Path | str, cwd: Path, **env: str) 
 @pytest.mark.xdist_group("package")
 def test_wheel_holds_every_module_and_no_top_level_kernels(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {*library_files(), "longctx_layers/py.typed"}
+    expected = {*library_files(), *DATA_FILES}
     info = {name for name in names if ".dist-info/" in name}
     assert names - info == expected, "is a package missing from `packages` in pyproject.toml?"
 
@@ -154,10 +157,12 @@ LEVELS = {
     "kernels": 1,
     "ops": 2,
     "layers": 3,
+    "data": 4,
     "hf": 5,
     "convert": 5,
-    "parallel": 5,
+    "training": 5,
     "evals": 5,
+    "reports": 6,
     "testing": 6,
 }
 MODEL = 4
@@ -220,14 +225,14 @@ def test_imports_go_one_way() -> None:
         ("longctx_layers.ops.ssd", "from ..layers import base"),
         ("longctx_layers.ops.ssd", "from longctx_layers import DPASSM"),
         ("longctx_layers.ops.ssd", "import kernels.ssd"),
-        ("longctx_layers.layers.dpassm", "import longctx_layers.model"),
+        ("longctx_layers.layers.dpassm", "import longctx_layers.lm.model"),
         (
             "longctx_layers.layers.dpassm",
             "import importlib; importlib.import_module('longctx_layers.hf')",
         ),
-        ("longctx_layers.model", "from .convert import to_dpassm"),
-        ("longctx_layers.model", "from longctx_layers.testing import inputs"),
-        ("longctx_layers", "from . import parallel"),
+        ("longctx_layers.lm.model", "from ..convert import to_dpassm"),
+        ("longctx_layers.lm.model", "from longctx_layers.testing import inputs"),
+        ("longctx_layers", "from . import reports"),
         ("longctx_layers.hf", "from tests.conftest import settings"),
     ],
 )
@@ -240,9 +245,9 @@ def test_planted_wrong_arrow_is_found(module: str, source: str) -> None:
     [
         ("longctx_layers.kernels.ssd", "import torch, triton.language as tl"),
         ("longctx_layers.ops.ssd", "from longctx_layers.kernels import ssd; from . import checks"),
-        ("longctx_layers.layers.dpassm", "from ..ops.ssd import selective_scan"),
-        ("longctx_layers.model", "from .generation import generate; from .layers import LAYERS"),
-        ("longctx_layers", "from .model import LongContextLM; from .layers import DPASSM"),
+        ("longctx_layers.layers.dpassm", "from ..ops.state_space.ssd import ssd"),
+        ("longctx_layers.lm.model", "from .generation import generate; from ..layers import x"),
+        ("longctx_layers", "from .lm.model import LongContextLM; from .layers import DPASSM"),
         ("longctx_layers.hf", "import transformers; from longctx_layers import create_model"),
         ("longctx_layers.testing", "from longctx_layers import layers"),
     ],

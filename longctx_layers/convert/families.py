@@ -52,7 +52,7 @@ def find_decoder(model: nn.Module) -> Any:
         raise ValueError(
             f"model: expected one decoder out of {list(DECODERS)}, found {len(found)} in a "
             f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}); other "
-            "models take the layers by hand: see docs/embedding.md"
+            "models take the layers by hand: see docs/integration.md"
         )
     return found[0]
 
@@ -191,7 +191,7 @@ def _refuse_unsupported(attention: Any, config: Any) -> None:
     if found:
         raise ValueError(
             f"model: expected plain causal self-attention, got {' and '.join(found)}; convert a "
-            "model without, or put the layers in by hand: see docs/embedding.md"
+            "model without, or put the layers in by hand: see docs/integration.md"
         )
 
 

@@ -11,11 +11,12 @@ from longctx_layers.evals.perplexity import (
     Slope,
     Stream,
     accuracy_interval,
+    buckets,
     drift,
     rotations,
     stream,
 )
-from longctx_layers.evals.prefill import (
+from longctx_layers.evals.probing import (
     Answers,
     answer,
     has_memory,
@@ -64,4 +65,5 @@ __all__ = [
     "accuracy_interval",
     "Slope",
     "drift",
+    "buckets",
 ]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.evals.prefill import Progress, zero_memory
+from longctx_layers.evals.probing import Progress, zero_memory
 from longctx_layers.evals.scoring import Z, wilson
 from longctx_layers.layers.parameters import device_of
-from longctx_layers.model import LongContextLM
+from longctx_layers.lm.model import LongContextLM
 from longctx_layers.ops.checks import expect_positive
 
 STRETCH = 64  # tokens of text that are taken for alike
@@ -161,3 +161,13 @@ def accuracy_interval(right: Tensor, behind: slice) -> tuple[float, float]:
     tokens = min(len(chosen), length)
     low, high = wilson(accuracy * tokens, tokens)
     return max(0.0, min(low, accuracy - half)), min(1.0, max(high, accuracy + half))
+
+
+def buckets(losses: list[float]) -> list[tuple[int, int, float]]:
+    """Mean loss over positions 1-16, 17-32, 33-64, ...: `(first, last, mean)`."""
+    found, low, high = [], 0, 16
+    while low < len(losses):
+        part = losses[low:high]
+        found.append((low + 1, low + len(part), sum(part) / len(part)))
+        low, high = high, 2 * high
+    return found

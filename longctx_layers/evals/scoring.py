@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from longctx_layers.evals.prefill import Answers, Progress, answer, reach
+from longctx_layers.evals.probing import Answers, Progress, answer, reach
 from longctx_layers.evals.recall import Passkey
 from longctx_layers.evals.tasks import Batch, Task
-from longctx_layers.model import LongContextLM
+from longctx_layers.lm.model import LongContextLM
 from longctx_layers.ops.checks import expect_positive
 
 Z = 1.959963984540054  # of a two-sided 95 % interval

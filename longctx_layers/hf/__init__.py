@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longctx_layers.hf.cache import LongCtxCache
 from longctx_layers.hf.config import LongCtxConfig
 from longctx_layers.hf.modeling import LongCtxForCausalLM
-from longctx_layers.pretrained import MODEL_TYPE
+from longctx_layers.lm.pretrained import MODEL_TYPE
 
 AutoConfig.register(MODEL_TYPE, LongCtxConfig, exist_ok=True)
 AutoModelForCausalLM.register(LongCtxConfig, LongCtxForCausalLM, exist_ok=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
-from longctx_layers.calls import record_pads
+from longctx_layers.hf.documents import record_pads
 from longctx_layers.layers import map_state, select_rows
 
 # What transformers calls a cache among arguments and outputs: another word from 5.24 on.

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from longctx_layers.config import ModelConfig
 from longctx_layers.layers import LAYERS, layer_options
+from longctx_layers.lm.config import ModelConfig
+from longctx_layers.lm.pretrained import FORMAT, MODEL_TYPE
 from longctx_layers.ops.checks import expect_positive
-from longctx_layers.pretrained import FORMAT, MODEL_TYPE
 
 # There is no longest sequence, but programs that look for one want a number, and take it for 2,048
 # or so where they find none.

@@ -11,8 +11,8 @@ from longctx_layers.layers.base import AttentionLayer, Projection
 from longctx_layers.layers.pieces import lengths
 from longctx_layers.layers.state import Field
 from longctx_layers.ops import FarKeys, Segments
+from longctx_layers.ops.attention.far import RANDOM_BLOCK, far_cached_keys
 from longctx_layers.ops.checks import expect_count, expect_positive
-from longctx_layers.ops.far import RANDOM_BLOCK, far_cached_keys
 from longctx_layers.ops.segments import cover
 
 

@@ -12,8 +12,8 @@ from longctx_layers.layers.base import AttentionLayer, Projection
 from longctx_layers.layers.init import set_first
 from longctx_layers.layers.state import Field
 from longctx_layers.ops import FarKeys, Segments
+from longctx_layers.ops.attention.far import far_block, global_mask, list_starts
 from longctx_layers.ops.checks import expect_count, expect_positive
-from longctx_layers.ops.far import far_block, global_mask, list_starts
 
 
 class WindowAttention(AttentionLayer):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.ops import reference, triton_support
+from longctx_layers.ops.backends import Operation
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
-from longctx_layers.ops.dispatch import Operation
 from longctx_layers.ops.segments import Segments
 
 _operation = Operation("conv_silu")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from longctx_layers.ops.far import FarKeys
+    from longctx_layers.ops.attention.far import FarKeys
     from longctx_layers.ops.segments import Segments
 
 

@@ -5,8 +5,9 @@ import pytest
 from longctx_layers.ops import triton_support
 
 if triton_support.VERSION >= triton_support.MINIMUM:
-    from interpreter import interpreted
-    from sizes import SIZES
+    from support.sizes import SIZES
+
+    from benchmarks.kernels.interpreter import interpreted
 
 
 class _Refused(pytest.Module):

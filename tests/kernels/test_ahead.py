@@ -2,13 +2,20 @@
 
 import json
 
-import flex_template
-import launches
 import pytest
 import torch
 import triton
 import triton.language as tl
-from ahead import MATRIX_PRODUCTS, TARGETS, compiled_for, count, loop_lengths, matrix_flops
+
+from benchmarks.kernels import flex_template, launches
+from benchmarks.kernels.ahead import (
+    MATRIX_PRODUCTS,
+    TARGETS,
+    compiled_for,
+    count,
+    loop_lengths,
+    matrix_flops,
+)
 
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_cases import assert_as_precise, cases
-from test_reference import LENGTHS
+from support.op_cases import assert_as_precise, cases
+from support.sizes import LENGTHS
 from torch.testing import assert_close
 
 from longctx_layers import explain, self_check, use_backend

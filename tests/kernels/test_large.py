@@ -12,9 +12,9 @@ from functools import partial
 
 import pytest
 import torch
-from interpreter import interpreted, last_programs
 from torch import Tensor
 
+from benchmarks.kernels.interpreter import interpreted, last_programs
 from longctx_layers.kernels import (
     attention_backward,
     attention_forward,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from interpreter import interpreted
-from op_cases import inputs, results
-from test_reference import LENGTHS
+from support.op_cases import inputs, results
+from support.sizes import LENGTHS
 
+from benchmarks.kernels.interpreter import interpreted
 from longctx_layers.ops import Segments
 
 pytestmark = pytest.mark.usefixtures("small")

@@ -4,19 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import assert_as_precise, assert_equal_in_float64, cases
+from support.op_cases import assert_as_precise, assert_equal_in_float64, cases
+from support.sizes import LENGTHS
 
 pytestmark = pytest.mark.usefixtures("interpret")
 
-# Around the edges of the small programs that the fixture makes.
-LENGTHS = {
-    "block_ssd": [1, 16, 17, 33],
-    "conv_silu": [1, 2, 3, 5, 7, 8, 9, 17],
-    "diagonal_scan": [1, 2, 15, 16, 17, 33, 40],
-    "sparse_attention": [1, 2, 15, 16, 17, 33, 40],
-    "ssd": [1, 16, 17, 33],
-    "gated_norms": [1, 2, 7, 8, 9, 17],
-}
 COSTLY = ("block_ssd", "sparse_attention", "ssd")  # seconds for an example
 CHEAP = [name for name in LENGTHS if name not in COSTLY]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,7 +1,7 @@
 """Triton's operators: gradients of gradients, and hooks on what their backward passes keep."""
 
 import pytest
-from derivative_cases import (
+from support.derivative_cases import (
     SECOND_ORDER,
     assert_hooks_are_harmless,
     assert_second_order,

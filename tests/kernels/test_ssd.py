@@ -1,8 +1,8 @@
 """The state-space kernels: sizes, views and offsets, one token, and the operator."""
 
-import op_cases
 import pytest
 import torch
+from support import op_cases
 from torch import Tensor
 from torch.testing import assert_close
 

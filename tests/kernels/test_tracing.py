@@ -1,8 +1,8 @@
 """The smaller operations as graphs of torch.compile and torch.export, and on the meta device."""
 
-import op_cases
 import pytest
 import torch
+from support import op_cases
 from torch import Tensor
 from torch.testing import assert_close
 

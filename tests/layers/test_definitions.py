@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from longctx_layers.ops.far import random_positions
+from longctx_layers.ops.attention.far import random_positions
 from longctx_layers.testing import LAYER_CASES, small_layer
 
 T = 140

@@ -6,12 +6,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from flash_stand_in import installed
+from support.flash_stand_in import installed
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from longctx_layers import use_backend
-from longctx_layers.ops import flex, sparse_attention, triton_support
+from longctx_layers.ops import sparse_attention, triton_support
+from longctx_layers.ops.attention import flex
 from longctx_layers.testing import LAYER_CASES, small_layer, small_model
 
 CASES = pytest.mark.parametrize("case", LAYER_CASES)

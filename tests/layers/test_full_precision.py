@@ -96,7 +96,7 @@ def test_small_steps_are_not_lost(case: str) -> None:
 
 
 def test_mixed_precision_of_fsdp(tmp_path: Path) -> None:
-    """The recipe of docs/embedding.md: the state spaces as units of their own, in float32."""
+    """The recipe of docs/integration.md: the state spaces as units of their own, in float32."""
     options = {"dpassm": {"ssm": "diagonal"}, "blade": {"chunk_size": 4}}
     model = small_model("dpassm", "blade", block_kwargs=options, dtype=torch.float32)
     expected = [p.detach().clone() for p in rates(model).values()]

@@ -11,7 +11,7 @@ import torch
 
 from longctx_layers import explain, use_backend
 from longctx_layers.ops import ssd, triton_support
-from longctx_layers.ops.dispatch import Operation
+from longctx_layers.ops.backends import Operation
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

@@ -11,15 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flash_stand_in import FUNCTIONS, installed, stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import assert_as_precise, assert_equal_in_float64, cases, inputs
+from support.flash_stand_in import FUNCTIONS, installed, stand_in
+from support.op_cases import assert_as_precise, assert_equal_in_float64, cases, inputs
 from torch.testing import assert_close
 from torch.torch_version import TorchVersion
 
 from longctx_layers import explain
-from longctx_layers.ops import FarKeys, Segments, flash, flash_support, sparse_attention
+from longctx_layers.ops import FarKeys, Segments, sparse_attention
+from longctx_layers.ops.attention import flash, flash_support
 
 VERSIONS = pytest.mark.parametrize("version", [2, 4])
 LENGTHS = [1, 2, 5, 16, 17, 63, 64, 65, 129]

@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import assert_equal_in_float64, build, cases, inputs
+from support.op_cases import assert_equal_in_float64, build, cases, inputs
 from torch.nn.attention import flex_attention as library
 from torch.testing import assert_close
 
 from longctx_layers import explain
-from longctx_layers.ops import FarKeys, flex, sparse_attention, triton_support
-from longctx_layers.ops.attention import _operation
+from longctx_layers.ops import FarKeys, sparse_attention, triton_support
+from longctx_layers.ops.attention import _operation, flex
 from longctx_layers.ops.segments import range_start
 
 LENGTHS = [1, 2, 5, 17, 63, 64, 65, 129, 200, 257]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx_layers.ops import Segments, sparse_attention
-from longctx_layers.ops.far import RANDOM_BLOCK, far_cached_keys, random_positions
+from longctx_layers.ops.attention.far import RANDOM_BLOCK, far_cached_keys, random_positions
 
 
 def random_set(block: int, head: int, window: int, n_global: int, n_random: int) -> set[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import assert_as_precise, assert_equal_in_float64, cases
+from support.op_cases import assert_as_precise, assert_equal_in_float64, cases
 
 NAMES = pytest.mark.parametrize(
     "name", ["sparse_attention", "ssd", "block_ssd", "diagonal_scan", "conv_silu", "gated_norms"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from derivative_cases import SECOND_ORDER, assert_hooks_are_harmless, assert_second_order
-from flash_stand_in import installed
-from op_cases import inputs
+from support.derivative_cases import SECOND_ORDER, assert_hooks_are_harmless, assert_second_order
+from support.flash_stand_in import installed
+from support.op_cases import inputs
 from torch.testing import assert_close
 
-from longctx_layers.ops import dispatch, sparse_attention
+from longctx_layers.ops import backends as dispatch
+from longctx_layers.ops import sparse_attention
 from longctx_layers.ops.second_order import twice_differentiable
 
 CASES = pytest.mark.parametrize("case", SECOND_ORDER)

@@ -10,10 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
-from program import ROOT, SMALL, fit, merged, scalars
-from training import checkpoints, cli
-from training.checkpoints import AtomicCheckpointIO, newest_checkpoint
-from training.module import LanguageModel
+from support.program import SMALL, fit, merged, scalars
+
+from longctx_layers.training import checkpoints, cli
+from longctx_layers.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from longctx_layers.training.module import LanguageModel
 
 FLAGS = merged(*SMALL, "--model.block=window", "--model.window_size=8", "--data.seq_len=16")
 ACCUMULATE = "--trainer.accumulate_grad_batches=2"
@@ -297,9 +298,8 @@ def test_full_disk(copied, monkeypatch):
     "two processes, stream",
 ])  # fmt: skip
 def test_kill_campaign(kind):
-    program = ROOT / "tests/training/kill_campaign.py"
     done = subprocess.run(
-        [sys.executable, str(program), "--kinds", kind, "--kills", "4"],
+        [sys.executable, "-m", "support.kill_campaign", "--kinds", kind, "--kills", "4"],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

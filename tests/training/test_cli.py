@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
-from program import ROOT, SMALL, check, finish, fit, merged, scalars, start
-from training.data import LongContextData
+from support.program import ROOT, SMALL, check, finish, fit, merged, scalars, start
+
+from longctx_layers.data.module import LongContextData
 
 
 @pytest.fixture(autouse=True)

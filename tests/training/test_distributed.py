@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from program import ROOT, SMALL, finish, merged, scalars, start
-from training.checkpoints import read_checkpoint
-from training.hardware import device_count
+from support.program import SMALL, finish, merged, scalars, start
+
+from longctx_layers.training.checkpoints import read_checkpoint
+from longctx_layers.training.hardware import device_count
 
 FLAGS = merged(
     *SMALL, "--trainer.max_steps=3", "--model.window_size=8", "--model.gradient_clip_val=0.1",
@@ -13,11 +14,10 @@ FLAGS = merged(
 
 # In float64 the order of the sums is far below what TensorBoard keeps, which is float32. Lightning
 # has no --trainer.precision=64-true for FSDP2.
-DOUBLE = f"""
+DOUBLE = """
 import sys, torch
 torch.set_default_dtype(torch.float64)
-sys.path.insert(0, {str(ROOT / "examples")!r})
-from training.cli import main
+from longctx_layers.training.cli import main
 main()
 """
 EPS = torch.finfo(torch.float32).eps

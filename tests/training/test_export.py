@@ -1,23 +1,22 @@
 """A checkpoint becomes a folder that loads without this program and gives the same logits."""
 
 import runpy
-import sys
 from pathlib import Path
 
-import evaluation.models
 import pytest
 import torch
-from program import ROOT, SMALL, fit, merged
-from reporting.checkpoint import read
 from safetensors import SafetensorError
+from support.program import ROOT, SMALL, fit, merged
 from torch.testing import assert_close
-from training.checkpoints import packed_tokenizer
-from training.tokenization import ByteTokenizer, load_tokenizer, train_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import longctx_layers.hf  # noqa: F401
-from longctx_layers import LongContextLM, pretrained
+from longctx_layers import LongContextLM
+from longctx_layers.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
+from longctx_layers.evals.program import models
+from longctx_layers.lm import pretrained
+from longctx_layers.reports.checkpoint import read
 from longctx_layers.testing import small_model
+from longctx_layers.training.checkpoints import packed_tokenizer
 
 CHECKPOINT = ("--checkpoint", "logs/checkpoints/step=00000002.ckpt")
 # The files of a tokenizer of bytes, as checkpoints of an earlier version hold them.
@@ -29,8 +28,7 @@ BYTES = {
 
 
 @pytest.fixture
-def export(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def export():
     return runpy.run_path(str(ROOT / "examples/export.py"))["main"]
 
 
@@ -116,7 +114,7 @@ def test_a_tokenizer_with_several_chat_templates(export, tmp_path, capsys):
     content["hyper_parameters"] = {}
     path = tmp_path / "c.ckpt"
     torch.save(content, path)
-    for tokenizer in (read(path).tokenizer, evaluation.models.load(path).tokenizer):
+    for tokenizer in (read(path).tokenizer, models.load(path).tokenizer):
         assert tokenizer.fingerprint == bpe.fingerprint
     arguments = ["--checkpoint", str(path), "--output", str(tmp_path / "model")]
     for _ in range(2):  # a new folder, and one with an earlier export

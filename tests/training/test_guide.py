@@ -9,12 +9,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from evaluate import main as evaluate
-from evaluation.options import check as check_evaluation
-from evaluation.options import doubling, parser
-from guide_commands import EVALUATIONS, FITS, FLAGS, OTHERS
-from guide_table import SHORTER, shrunk, shrunk_evaluation
-from program import (
+from support.guide_commands import EVALUATIONS, FITS, FLAGS, OTHERS
+from support.guide_table import SHORTER, shrunk, shrunk_evaluation
+from support.program import (
     ROOT,
     SMALL,
     check,
@@ -26,9 +23,12 @@ from program import (
     scalars,
     start,
 )
-from training.tokenization import ByteTokenizer
 
 from longctx_layers import create_model
+from longctx_layers.data.tokenizers import ByteTokenizer
+from longctx_layers.evals.program.options import check as check_evaluation
+from longctx_layers.evals.program.options import doubling, parser
+from longctx_layers.evals.synthetic import main as evaluate
 
 ON_GPU = torch.cuda.is_available()
 DISTINCT = list(dict.fromkeys(shrunk(one.flags) for one in FITS))
@@ -200,7 +200,7 @@ def test_training_pipeline_runs_the_listed_commands(tmp_path):
 
 
 def test_committed_table_lists_every_command():
-    from guide_table import BEGIN, END, rows
+    from support.guide_table import BEGIN, END, rows
 
     page = (ROOT / "docs/training.md").read_text()
     table = page.partition(BEGIN)[2].partition(END)[0]

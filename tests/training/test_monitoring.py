@@ -5,17 +5,17 @@ import time
 
 import pytest
 import torch
-from program import SMALL, fit, merged, scalars
+from support.program import SMALL, fit, merged, scalars
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from training.checkpoints import read_checkpoint
-from training.flops import forward_flops, keys_per_query, matmul_peak, training_flops
-from training.inspection import kept_activations, memory_statistics
 
 from longctx_layers import LAYERS, build_layer, create_model
 from longctx_layers.layers import layer_options
 from longctx_layers.ops import use_backend
 from longctx_layers.testing import MemoryMeter, small_model
+from longctx_layers.training.checkpoints import read_checkpoint
+from longctx_layers.training.flops import forward_flops, keys_per_query, matmul_peak, training_flops
+from longctx_layers.training.inspection import kept_activations, memory_statistics
 
 OPTIONS = {"window_size": 5, "chunk_size": 6, "ssm_state_dim": 4, "state_dim": 4}
 

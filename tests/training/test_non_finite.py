@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from program import SMALL, fit, merged
-from training.inspection import first_non_finite
-from training.module import NonFiniteError
+from support.program import SMALL, fit, merged
 
 from longctx_layers.testing import small_model
+from longctx_layers.training.inspection import first_non_finite
+from longctx_layers.training.module import NonFiniteError
 
 
 def test_run_stops_with_step_place_and_checkpoint(tmp_path, monkeypatch):
@@ -26,7 +26,7 @@ def test_run_stops_with_step_place_and_checkpoint(tmp_path, monkeypatch):
 
 def test_run_stops_before_bad_gradients_reach_the_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from training.module import LanguageModel
+    from longctx_layers.training.module import LanguageModel
 
     def poisoned(self):
         if self.global_step == 1:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from program import SMALL, fit, merged, scalars
-from training import optimization
-from training.curriculum import WindowCurriculum, drawn_length, fold, stage
+from support.program import SMALL, fit, merged, scalars
 
 from longctx_layers import LAYERS, create_model
 from longctx_layers.testing import small_model
+from longctx_layers.training import optimization
+from longctx_layers.training.curriculum import WindowCurriculum, drawn_length, fold, stage
 
 
 def groups(model):
@@ -92,7 +92,7 @@ def test_checkpointing_and_clipping(tmp_path, monkeypatch):
     def keep(self, optimizer):
         norms.append(optimization.gradient_norm(self.model).item())
 
-    from training.module import LanguageModel
+    from longctx_layers.training.module import LanguageModel
 
     monkeypatch.setattr(LanguageModel, "on_before_zero_grad", keep)
     for flag in ("--model.gradient_clip_val=0.01", "--trainer.gradient_clip_val=0.01"):

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from program import ROOT, SMALL, fit, merged, scalars, start
-from training.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from support.program import SMALL, fit, merged, scalars, start
+
+from longctx_layers.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 
 STEPS = 12
 CASES = {
@@ -76,15 +77,14 @@ def test_every_state_is_needed(tmp_path, monkeypatch):
 
 def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch; from training.checkpoints import AtomicCheckpointIO\n"
+        "import torch; from longctx_layers.training.checkpoints import AtomicCheckpointIO\n"
         "io, n = AtomicCheckpointIO(), 0\n"
         "while True:\n"
         "    io.save_checkpoint({'n': n, 'x': torch.full((1 << 20,), n)}, 'run/c.ckpt')\n"
         "    n += 1; print(n, flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(ROOT / "examples")],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,0 +1,117 @@
+"""Attention of torch and of other libraries, and the same made of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.speed.common import Shape
+from longctx_layers import CausalAttention, Longformer
+from longctx_layers.layers import AttentionLayer
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Projected(nn.Module):
+    """Projections as a user of plain torch would write them, around `attend(q, k, v)`."""
+
+    def __init__(self, shape: Shape, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.n_heads, self.attend = shape.n_heads, attend
+        self.qkv = nn.Linear(shape.d_model, 3 * shape.d_model, bias=False)
+        self.out = nn.Linear(shape.d_model, shape.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            z.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, -1)
+        )
+        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def with_weights(layer: AttentionLayer, qkv: list[Tensor], out: Tensor) -> Function:
+    """Our layer with these projections."""
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
+    for projection, weight in zip(projections, [*qkv, out], strict=True):
+        projection.load_state_dict({"weight": weight.detach()})
+    return lambda x: layer(x)[0]
+
+
+def build_sdpa(shape: Shape) -> nn.Module:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return Projected(shape, attend)
+
+
+def build_masked_sdpa(shape: Shape) -> nn.Module:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+        return F.scaled_dot_product_attention(q, k, v, mask.tril_().triu_(1 - shape.local))
+
+    return Projected(shape, attend)
+
+
+def build_flex(shape: Shape) -> nn.Module:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < shape.local)
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks: dict[int, Any] = {}  # made once a length, as users do
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[2]
+        if length not in masks:
+            masks[length] = create_block_mask(window, None, None, length, length, q.device.type)
+        return compiled(q, k, v, block_mask=masks[length])
+
+    return Projected(shape, attend)
+
+
+def our_full(peer: Projected, shape: Shape) -> Function:
+    layer = CausalAttention(shape.d_model, shape.n_heads, rope_base=None)
+    return with_weights(layer, list(peer.qkv.weight.chunk(3)), peer.out.weight)
+
+
+def our_window(peer: Projected, shape: Shape) -> Function:
+    layer = Longformer(
+        shape.d_model, shape.n_heads, window_size=shape.local, n_global_tokens=0, rope_base=None
+    )
+    return with_weights(layer, list(peer.qkv.weight.chunk(3)), peer.out.weight)
+
+
+def build_local_attention(shape: Shape) -> nn.Module:
+    from local_attention import LocalMHA
+
+    return LocalMHA(
+        dim=shape.d_model,
+        window_size=shape.local,
+        heads=shape.n_heads,
+        dim_head=shape.d_model // shape.n_heads,
+        causal=True,
+    )
+
+
+def our_local_attention(peer: Any, shape: Shape) -> Function:
+    # Its window counts the keys before the query's own; ours counts that one too.
+    layer = Longformer(shape.d_model, shape.n_heads, window_size=shape.local + 1, n_global_tokens=0)
+    return with_weights(layer, list(peer.to_qkv.weight.chunk(3)), peer.to_out.weight)
+
+
+def build_x_transformers(shape: Shape) -> nn.Module:
+    from x_transformers.x_transformers import Attention
+
+    dim = shape.d_model // shape.n_heads
+    attention = Attention(shape.d_model, dim_head=dim, heads=shape.n_heads, causal=True, flash=True)
+    return attention
+
+
+def our_x_transformers(peer: Any, shape: Shape) -> Function:
+    layer = CausalAttention(shape.d_model, shape.n_heads, rope_base=None)
+    qkv = [z.weight for z in (peer.to_q, peer.to_k, peer.to_v)]
+    return with_weights(layer, qkv, peer.to_out.weight)

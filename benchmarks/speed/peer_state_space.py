@@ -1,0 +1,168 @@
+"""State spaces of other libraries, and the same made of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.speed.common import Shape
+from benchmarks.speed.peer_attention import Function, with_weights
+from longctx_layers import CausalAttention, ops
+
+N_STATES = 64
+
+
+class Called(nn.Module):
+    """A module whose call is another than `module(x)`."""
+
+    def __init__(self, module: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.module, x)
+
+
+def build_mamba2(shape: Shape, expand: int = 1) -> nn.Module:
+    from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    config = Mamba2Config(
+        hidden_size=shape.d_model, expand=expand, num_heads=expand * shape.n_heads,
+        head_dim=shape.d_model // shape.n_heads, state_size=N_STATES, n_groups=1,
+        chunk_size=shape.local, use_conv_bias=False, num_hidden_layers=1,
+    )  # fmt: skip
+    return Mamba2Mixer(config, layer_idx=0)
+
+
+def selective(peer: Any, x: Tensor) -> Tensor:
+    """Mamba-2 before its output projection, with a peer's weights and our operations."""
+    inner, states = peer.intermediate_size, peer.ssm_state_size
+    gate, z, dt = peer.in_proj(x).split([inner, inner + 2 * states, peer.num_heads], dim=-1)
+    u, B, C = ops.conv_silu(z, peer.conv1d.weight[:, 0]).split([inner, states, states], dim=-1)
+    u = u.unflatten(-1, (peer.num_heads, peer.head_dim))
+    y, _ = ops.ssd(u, F.softplus(dt + peer.dt_bias), -torch.exp(peer.A_log), B, C)
+    y = (y + peer.D[:, None] * u).flatten(2) * F.silu(gate)
+    if isinstance(peer.norm, nn.Identity):
+        return y
+    return F.rms_norm(y, y.shape[-1:], peer.norm.weight, peer.norm.variance_epsilon)
+
+
+def our_mamba2(peer: Any, shape: Shape) -> Function:
+    return lambda x: peer.out_proj(selective(peer, x))
+
+
+def build_falcon(shape: Shape) -> nn.Module:
+    """The mixers of a layer, attention and Mamba-2 beside each other, without norms and FFN."""
+    from transformers.models.falcon_h1.configuration_falcon_h1 import FalconH1Config
+    from transformers.models.falcon_h1.modeling_falcon_h1 import (
+        FalconH1DecoderLayer,
+        FalconH1RotaryEmbedding,
+        compute_mup_vector,
+    )
+
+    config = FalconH1Config(
+        hidden_size=shape.d_model, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_heads,
+        mamba_n_heads=shape.n_heads, mamba_d_head=shape.d_model // shape.n_heads,
+        mamba_d_ssm=shape.d_model, mamba_d_state=N_STATES, mamba_chunk_size=shape.local,
+        mamba_conv_bias=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    layer = FalconH1DecoderLayer(config, layer_idx=0)
+    layer.mamba.register_buffer("mup_vector", compute_mup_vector(config), persistent=False)
+    layer.input_layernorm = layer.pre_ff_layernorm = nn.Identity()
+    layer.feed_forward = nn.Identity()
+    rotary = FalconH1RotaryEmbedding(config)
+
+    def call(module: Any, x: Tensor) -> Tensor:
+        table = rotary(x, torch.arange(x.shape[1])[None])
+        y, _ = module.self_attn(x, position_embeddings=table, attention_mask=None)
+        return module.mamba(x) + y
+
+    return Called(layer, call)
+
+
+def our_falcon(peer: Any, shape: Shape) -> Function:
+    mamba, attention = peer.module.mamba, peer.module.self_attn
+    qkv = [z.weight for z in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    layer = CausalAttention(shape.d_model, shape.n_heads)
+    full = with_weights(layer, qkv, attention.o_proj.weight)
+    return lambda x: mamba.out_proj(selective(mamba, x)) + full(x)
+
+
+def build_recurrent_gemma(shape: Shape) -> nn.Module:
+    """The recurrent block: two branches, a short convolution and a gated linear recurrence."""
+    from transformers.models.recurrent_gemma.configuration_recurrent_gemma import (
+        RecurrentGemmaConfig,
+    )
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import (
+        RecurrentGemmaRecurrentBlock,
+    )
+
+    config = RecurrentGemmaConfig(
+        hidden_size=shape.d_model, lru_width=shape.d_model, num_attention_heads=shape.n_heads,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    block = RecurrentGemmaRecurrentBlock(config, layer_idx=0)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if "rg_lru" in name:  # made without values
+                parameter.normal_(std=shape.n_heads**0.5 * shape.d_model**-0.5)
+
+    def call(module: Any, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])[None]
+        return module(x, places, attention_mask=None, use_cache=False)[0]
+
+    return Called(block, call)
+
+
+def our_recurrent_gemma(peer: Any, shape: Shape) -> Function:
+    block, unit = peer.module, peer.module.rg_lru
+
+    def gate(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        heads = u.unflatten(-1, (weight.shape[0], -1))
+        return torch.sigmoid(torch.einsum("bthp,hpq->bthq", heads, weight) + bias).flatten(2)
+
+    def run(x: Tensor) -> Tensor:
+        u = block.conv_1d(block.linear_x(x).transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        decay = gate(u, unit.recurrent_gate_weight, unit.recurrent_gate_bias)
+        log_decay = -8 * decay * F.softplus(unit.recurrent_param)
+        u = u * gate(u, unit.input_gate_weight, unit.input_gate_bias)
+        scale = torch.sqrt(-torch.expm1(2 * log_decay))
+        first = torch.arange(x.shape[1])[:, None] == 0  # is not scaled
+        h, _ = ops.diagonal_scan(u * torch.where(first, 1, scale), log_decay)
+        return block.linear_out(h * F.gelu(block.linear_y(x), approximate="tanh"))
+
+    return run
+
+
+def build_mambapy(shape: Shape) -> nn.Module:
+    """Mamba-1 as published, at twice the width inside; a state for every channel."""
+    from mambapy.mamba import MambaBlock, MambaConfig
+
+    config = MambaConfig(shape.d_model, n_layers=1, d_state=16, conv_bias=False)
+    return MambaBlock(config)
+
+
+def our_mambapy(peer: Any, shape: Shape) -> Function:
+    """Mamba-1 decays every channel on its own: a head of one channel each.
+
+    Its rates differ between the states of a channel, which ours do not: they are made equal.
+    """
+    with torch.no_grad():
+        peer.A_log.copy_(peer.A_log[:, :1].expand_as(peer.A_log) + torch.rand(len(peer.A_log), 1))
+    states, rank = peer.config.d_state, peer.config.dt_rank
+
+    def run(x: Tensor) -> Tensor:
+        z, gate = peer.in_proj(x).chunk(2, dim=-1)
+        u = ops.conv_silu(z, peer.conv1d.weight[:, 0])
+        dt, B, C = peer.x_proj(u).split([rank, states, states], dim=-1)
+        A = -torch.exp(peer.A_log[:, 0])
+        y, _ = ops.ssd(u[..., None], F.softplus(peer.dt_proj(dt)), A, B, C)
+        return peer.out_proj((y.squeeze(-1) + peer.D * u) * F.silu(gate))
+
+    return run

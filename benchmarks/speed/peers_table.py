@@ -1,0 +1,119 @@
+"""Layers beside other libraries', in turns, in one process: time and peak memory.
+
+    python -m benchmarks.speed.peers_table [--lengths 2048 8192] [--publish]
+
+Each peer's output and gradient are compared with ours first; one that differs is not timed, and
+what is not installed says so. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.speed.common import RUNS
+from benchmarks.speed.contenders import FLOOR, case
+from benchmarks.speed.drawing import draw
+from benchmarks.speed.measuring import add_options, command, interleave, machine, shape_of
+from benchmarks.speed.memory import passes, peak_bytes
+from benchmarks.speed.peers import PEERS, check
+from longctx_layers import LAYERS
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
+    return parser.parse_args(argv)
+
+
+def checked(names: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Peers that run here and agree with ours, and why the others don't."""
+    fit, reasons = [], {}
+    for name in names:
+        if reason := PEERS[name].missing:
+            reasons[name] = reason
+            continue
+        try:
+            check(name)
+            fit.append(name)
+        except Exception as error:  # whatever another library may raise
+            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return fit, reasons
+
+
+def measure(args: argparse.Namespace, peers: list[str]) -> Iterator[dict[str, Any]]:
+    """A row by name, run and length."""
+    shape = shape_of(args)
+    for length in args.lengths:
+        for run, through in RUNS.items():
+            names = [*LAYERS, *(FLOOR + name for name in LAYERS)]
+            for name in peers:
+                longest = PEERS[name].longest
+                if (PEERS[name].trains or run == "forward") and length <= (longest or length):
+                    names.append(name)
+            calls = {name: through(case(name, shape, length)) for name in names}
+            times = interleave(calls, rounds=args.rounds, seconds=args.seconds)
+            for name, timing in times.items():
+                row = {"name": name, "run": run, "length": length, **timing._asdict()}
+                if not name.startswith(FLOOR) and not args.no_memory:
+                    row["peak_bytes"] = peak_bytes(passes, name, run, length, shape)
+                yield row
+
+
+def page(rows: list[dict[str, Any]], reasons: dict[str, str], args: argparse.Namespace) -> str:
+    """Markdown: a table of all by length and run, and what each peer was compared with."""
+    cells: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(row["name"], {})[row["length"], row["run"]] = row
+    columns = [(length, run) for length in args.lengths for run in RUNS]
+    lines = [
+        "# Beside other libraries", "",
+        f"`{command()}`: {machine()}; float32, one sequence, {shape_of(args)}.", "",
+        "In brackets: that time over DPASSM's.", "",
+        "| | " + " | ".join(f"{run} at {length:,}" for length, run in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]  # fmt: skip
+    for name, own in cells.items():
+        shown = []
+        for column in columns:
+            if (row := own.get(column)) is None:
+                shown.append("-")
+                continue
+            times = row["median"] / cells["dpassm"][column]["median"]
+            memory = f", {row['peak_bytes'] / 2**20:,.0f} MiB" if row.get("peak_bytes") else ""
+            shown.append(f"{row['median']:.3g} s ({times:.2g}){memory}")
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    lines += ["", "Before the timing, on a short sequence, output and gradient of:", ""]
+    for name in args.peers:
+        if name in reasons:
+            lines.append(f"- {name}: not compared and not timed; {reasons[name]}")
+        else:
+            lines.append(f"- {name} = ours: {PEERS[name].same}")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    args = parse(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    fit, reasons = checked(args.peers)
+    rows = []
+    for row in measure(args, fit):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    written = {"command": command(), "machine": machine(), "left_out": reasons, "rows": rows}
+    (args.output / "peers.json").write_text(json.dumps(written, indent=1) + "\n")
+    text = page(rows, reasons, args)
+    (args.output / "peers.md").write_text(text)
+    shown = [row for row in rows if not row["name"].startswith(FLOOR)]
+    for what in ("time",) if args.no_memory else ("time", "memory"):
+        draw(shown, what, args.output / f"peers_{what}.png")
+    print(text + f"\nWritten to {args.output}/peers.md")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the CPU path must reach, measured: a table of targets, each met or not.
+
+    python -m benchmarks.speed.targets [floor sdpa ...] [--length 8192] [--publish]
+
+Ratios are of medians of rounds in which the contenders take turns, in one process. Sections that
+are not named keep what the last run that measured them has found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.speed import layer_targets, model_targets
+from benchmarks.speed.measuring import Row, add_options, command, machine
+
+Section = Callable[[argparse.Namespace], Iterator[Row]]
+SECTIONS: dict[str, Section] = {
+    "floor": layer_targets.floor,
+    "sdpa": layer_targets.sdpa,
+    "peers": layer_targets.peers,
+    "slopes": layer_targets.slopes,
+    "memory": layer_targets.memory,
+    "bf16": layer_targets.bf16,
+    "decode": model_targets.decode,
+    "training": model_targets.training,
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
+    add_options(parser)
+    parser.add_argument(
+        "--length", type=int, default=8192, help="other lengths are multiples of it"
+    )
+    parser.add_argument(
+        "--layers", nargs="+", choices=layer_targets.FLOORS, default=list(layer_targets.FLOORS)
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile beside the layers")
+    parser.add_argument("--size", default="150m", help="of the models that decode and train")
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    args = parser.parse_args(argv)
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"sections: expected some of {list(SECTIONS)}, got {sorted(unknown)}")
+    return args
+
+
+def table(sections: dict[str, dict[str, Any]]) -> str:
+    """The Markdown page."""
+    lines = ["# Targets on the CPU", ""]
+    for name in sorted(sections, key=list(SECTIONS).index):
+        section = sections[name]
+        title = SECTIONS[name].__doc__ or name
+        lines += [f"## {title.splitlines()[0].rstrip('.')}", ""]
+        lines += [f"`{section['command']}`: {section['machine']}.", ""]
+        lines += ["| | measured | target | met | of |", "|---|---|---|---|---|"]
+        lines += [line(Row(**row)) for row in section["rows"]] + [""]
+    return "\n".join(lines)
+
+
+def line(row: Row) -> str:
+    """A line of the table."""
+    target = "" if row.at_most is None else f"at most {row.at_most:.4g}"
+    target = target if row.at_least is None else f"at least {row.at_least:.4g}"
+    met = {True: "yes", False: "**no**", None: ""}[row.met]
+    return f"| {row.what} | {row.measured:.4g} {row.unit} | {target} | {met} | {row.detail} |"
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    args = parse(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "targets.json"
+    sections = json.loads(path.read_text()) if path.exists() else {}
+    for name in args.sections or SECTIONS:
+        rows = []
+        for row in SECTIONS[name](args):
+            rows.append(row._asdict())
+            print(line(row), flush=True)
+        sections[name] = {"command": command(), "machine": machine(), "rows": rows}
+        # After each section: a long run that is broken off has not been for nothing.
+        path.write_text(json.dumps(sections, indent=1) + "\n")
+        (args.output / "targets.md").write_text(table(sections))
+    print(f"Written to {args.output}/targets.md")
+    return sections
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Standard tools around DPASSM: what each costs in accuracy, and what it does for speed.
+
+    python -m benchmarks.speed.tools_table    (some minutes; docs/integration.md shows its table)
+
+Accuracy: a byte-level model is trained on Python's standard library, and each tool's version of it
+measured on the same files that it never saw. Speed: one layer of a usual width, a prompt and a
+step of one token, eager, compiled, as an AOTInductor package, and with int8 weights (torchao).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.speed.measuring import command, interleave, machine
+from examples.demo import train
+from longctx_layers import DPASSM, create_model
+from longctx_layers.data.byte_text import documents, split, stretch
+from longctx_layers.files import write
+from longctx_layers.reports.files import add_output
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BEGIN, END = "<!-- tools table, begin -->", "<!-- tools table, end -->"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--validation-documents", type=int, default=56)
+    parser.add_argument("--text", type=Path, help="a file or folder of text, instead of the stdlib")
+    parser.add_argument("--d-model", type=int, default=768, help="of the layer that is timed")
+    parser.add_argument("--n-heads", type=int, default=12)
+    parser.add_argument("--window-size", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--only", choices=("accuracy", "speed"), help="of the two tables")
+    parser.add_argument("--no-compile", action="store_true", help="only what needs no compiler")
+    add_output(parser, "--output", "bench/tools.md")
+    parser.add_argument("--page", type=Path, help="also into this page, between its two marks")
+    return parser.parse_args(argv)
+
+
+def int8(module: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(module, Int8WeightOnlyConfig(version=2))
+    return module
+
+
+VERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "float32": lambda module: module,
+    "bfloat16": lambda module: module.bfloat16(),
+    "int8 weights": int8,
+}
+
+
+# ---- Accuracy
+
+
+@torch.no_grad()
+def accuracy(args: argparse.Namespace) -> list[str]:
+    """Lines of the table: loss, its difference, agreement on the likeliest byte, bytes."""
+    length = 4 * args.sequence_length
+    training, held_out = split(documents(args.text, length + 2), seed=0)
+    draw = random.Random(1)
+    checks = torch.stack([stretch(d, length, draw) for d in held_out[: args.validation_documents]])
+    torch.manual_seed(0)
+    options = {"window_size": 16, "ssm_state_dim": 16}
+    model = create_model(256, "tiny", "dpassm", block_kwargs=options)
+    settings = argparse.Namespace(**vars(args), learning_rate=2e-3, seed=0)
+    with torch.enable_grad():
+        train("dpassm", model, training, settings)
+    lines = [
+        "| weights | bytes | loss, nats per byte | more than float32 | same likeliest byte |",
+        "|---|---|---|---|---|",
+    ]
+    reference: tuple[Tensor, Tensor] | None = None
+    for name, version in VERSIONS.items():
+        changed = version(deepcopy(model)).eval()
+        losses, likeliest = score(changed, checks)
+        reference = reference or (losses, likeliest)
+        more = (losses - reference[0]).mean().item()
+        same = (likeliest == reference[1]).double().mean().item()
+        lines.append(
+            f"| {name} | {size(changed):,} | {losses.mean().item():.4f} | {more:+.5f} | "
+            f"{100 * same:.2f} % |"
+        )
+    return lines
+
+
+def score(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and likeliest byte at each position, `[n, T]`."""
+    losses, likeliest = [], []
+    for row in ids:
+        logits = model(row[None, :-1])[0].float()
+        losses.append(nn.functional.cross_entropy(logits, row[1:], reduction="none"))
+        likeliest.append(logits.argmax(-1))
+    return torch.stack(losses), torch.stack(likeliest)
+
+
+def size(module: nn.Module) -> int:
+    """Bytes of the parameters as they are stored."""
+    stored = 0
+    for parameter in module.parameters():
+        parts = [parameter]
+        if hasattr(parameter, "__tensor_flatten__"):  # a quantized weight is several tensors
+            parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+        stored += sum(part.nbytes for part in parts)
+    return stored
+
+
+# ---- Speed
+
+
+class Step(nn.Module):
+    """A layer by position, its state a plain tuple, as exporters take it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        y, state = self.layer(x, None if state is None else self.layer.state_type(*state))
+        return y, tuple(state)
+
+
+def package(layer: nn.Module, inputs: tuple[Any, ...], folder: Path) -> Callable[..., Any]:
+    """An AOTInductor package of one call, loaded from its file."""
+    path = str(folder / f"{len(inputs)}.pt2")
+    program = torch.export.export(Step(layer), inputs)
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    return torch._inductor.aoti_load_package(path)
+
+
+def versions(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Contenders by name: a prompt and a step, ready to be called."""
+    torch.manual_seed(0)
+    layer = DPASSM(args.d_model, args.n_heads, window_size=args.window_size).eval()
+    prompt, token = (torch.randn(1, n, args.d_model) for n in (args.prompt, 1))
+    for name, version in VERSIONS.items():
+        changed = version(deepcopy(layer))
+        x, one = (z.bfloat16() if name == "bfloat16" else z for z in (prompt, token))
+        _, state = changed(x)
+        yield (
+            name,
+            {
+                "prompt": lambda f=changed, x=x: f(x),
+                "step": lambda f=changed, x=one, s=state: f(x, s),
+            },
+        )
+        if args.no_compile:
+            continue
+        compiled = torch.compile(changed, dynamic=False)
+        yield (
+            f"{name}, torch.compile",
+            {
+                "prompt": lambda f=compiled, x=x: f(x),
+                "step": lambda f=compiled, x=one, s=state: f(x, s),
+            },
+        )
+        if name == "float32":
+            whole, single = (package(changed, z, folder) for z in ((x,), (one, tuple(state))))
+            yield (
+                f"{name}, AOTInductor",
+                {
+                    "prompt": lambda f=whole, x=x: f(x),
+                    "step": lambda f=single, x=one, s=state: f(x, s),
+                },
+            )
+
+
+@torch.no_grad()
+def speed(args: argparse.Namespace) -> list[str]:
+    """Lines of the table: medians of interleaved rounds, and their ratio to eager float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = dict(versions(args, Path(folder)))
+        times = {
+            kind: interleave(
+                {name: calls[kind] for name, calls in contenders.items()},
+                rounds=args.rounds * (1 if kind == "prompt" else 10),
+                seconds=args.seconds,
+            )
+            for kind in ("prompt", "step")
+        }
+    lines = [
+        f"| layer | prompt of {args.prompt:,} tokens | of eager | one token | of eager |",
+        "|---|---|---|---|---|",
+    ]
+    for name in contenders:
+        cells = [name]
+        for taken in times.values():
+            median = taken[name].median
+            cells += [f"{1e3 * median:.3g} ms", f"{median / taken['float32'].median:.2f} x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+# ---- The page
+
+
+def insert(page: Path, text: str) -> None:
+    """Put the text between the page's two marks."""
+    content = page.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1:
+        raise ValueError(f"{page}: expected the lines {BEGIN!r} and {END!r} once each; add them")
+    before, rest = content.split(BEGIN)
+    write(page, f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def main(argv: list[str] | None = None) -> str:
+    args = parse(argv)
+    lines = []
+    if args.only != "speed":
+        lines += [
+            f"A byte-level DPASSM of a million parameters, after {args.steps} steps of training, "
+            f"on {4 * args.sequence_length:,} bytes of each of {args.validation_documents} files "
+            "that it never saw:",
+            "",
+            *accuracy(args),
+            "",
+        ]
+    if args.only != "accuracy":
+        lines += [
+            f"`DPASSM({args.d_model}, {args.n_heads}, window_size={args.window_size})`, one "
+            "sequence, medians of interleaved rounds:",
+            "",
+            *speed(args),
+            "",
+        ]
+    lines.append(f"`{command()}`: {machine()}.")
+    text = "\n".join(lines)
+    write(args.output, "# Standard tools\n\n" + text + "\n")
+    if args.page is not None:
+        insert(args.page, text)
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

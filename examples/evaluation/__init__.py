@@ -1,1 +1,0 @@
-"""Parts of examples/evaluate.py and examples/proofs.py."""

@@ -1,0 +1,1 @@
+"""Documents in, packed batches of tokens out: sources, tokenizers, store, packing, loaders."""

@@ -1,0 +1,1 @@
+"""The language model: configuration, blocks, sizes, generation, saving."""

@@ -1,0 +1,1 @@
+"""Reports on trained checkpoints: `python -m longctx_layers.reports`."""

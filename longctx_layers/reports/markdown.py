@@ -1,0 +1,50 @@
+"""A report as Markdown, with its pictures in files beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from longctx_layers.reports.content import Part, Picture, Sample, Section, Table, Warned, visible
+
+PICTURES = "pictures"  # the folder
+
+
+def render(title: str, introduction: str, sections: Sequence[Section]) -> str:
+    """The page."""
+    blocks = [f"# {escaped(title)}", escaped(introduction)]
+    for section in sections:
+        blocks += [f"## {escaped(section.title)}", *map(_part, section.parts)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is: on one line, without markup, links or HTML."""
+    line = " ".join(visible(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;")
+    line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)
+    line = re.sub(r"^([#>+=-])", r"\\\1", line)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
+
+
+def fenced(text: str) -> str:
+    """Text in a block of code, whatever fences stand in it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{visible(text)}\n{fence}"
+
+
+def _part(part: Part) -> str:
+    if isinstance(part, Table):
+        head, *rows = [[escaped(cell) for cell in row] for row in [part.header, *part.rows]]
+        rule = ["---", *["---" if part.words else "---:"] * (len(head) - 1)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+    if isinstance(part, Picture):
+        return f"![{escaped(part.shows)}]({PICTURES}/{part.name}.png)"
+    if isinstance(part, Sample):
+        return "\n\n".join(
+            ["Prompt:", fenced(part.prompt), "The model writes:", fenced(part.continuation)]
+        )
+    if isinstance(part, Warned):
+        return f"> **{escaped(part)}**"
+    return escaped(part)

@@ -1,0 +1,1 @@
+"""Training with Lightning: `python -m longctx_layers.training.train fit`."""

@@ -1,0 +1,11 @@
+"""Train a language model over any of the layers.
+
+    python -m longctx_layers.training.train fit --model.block=dpassm --data.dataset_name=stdlib
+
+`fit --help` lists every flag; docs/training.md is the guide.
+"""
+
+from longctx_layers.training.cli import main
+
+if __name__ == "__main__":
+    main()
