@@ -1,4 +1,4 @@
-"""What the command-line programs share: one spelling of flags, and errors that name the right one."""
+"""What the command-line programs share: the spelling of flags, and errors that name the closest one."""
 
 from __future__ import annotations
 
