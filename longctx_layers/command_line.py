@@ -1,4 +1,4 @@
-"""What the command-line programs share: the spelling of flags, and errors that name the closest one."""
+"""What the command-line programs share: their spelling of flags, and hints in errors about them."""
 
 from __future__ import annotations
 
