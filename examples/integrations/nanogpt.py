@@ -1,4 +1,4 @@
-"""nanoGPT with a layer of this library: three lines change, generation takes constant memory.
+"""nanoGPT with a layer of this library: three lines change, and generation takes constant memory.
 
     python examples/integrations/nanogpt.py
 
