@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longctx_layers.layers import splitting
 from longctx_layers.layers.checks import check_input, check_segment_ids, check_state
 from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
 from longctx_layers.layers.parameters import (
@@ -19,10 +20,9 @@ from longctx_layers.layers.parameters import (
     activation_dtype,
     device_of,
     weight_dtype,
-    weight_of,
 )
 from longctx_layers.layers.plain_modules import works_by_token
-from longctx_layers.layers.splitting import by_rows, fits_at_once, split_lengths
+from longctx_layers.layers.splitting import by_rows, split_lengths
 from longctx_layers.layers.state import Field, arrange, usable_in_training
 from longctx_layers.ops import Segments
 from longctx_layers.ops.checks import expect_number, expect_positive
@@ -227,7 +227,8 @@ class Layer(SpecialParameters, Generic[StateT]):
             x = x.to(torch.get_autocast_dtype(device))
         if x.shape[1] == 0:
             return x.clone(), self.init_state(len(x)) if state is None else state
-        if device != "cpu" or torch.compiler.is_compiling() or fits_at_once(x):
+        n_tokens = x.shape[0] * x.shape[1]
+        if device != "cpu" or torch.compiler.is_compiling() or n_tokens <= splitting.TOKENS_AT_ONCE:
             return self._run(x, state, segment_ids)
         multiple = self.split_multiple
         # Dropout would draw its random numbers in another order.
@@ -296,8 +297,7 @@ class Layer(SpecialParameters, Generic[StateT]):
 
     def _check(self, x: Tensor, state: StateT | None, segment_ids: Tensor | None) -> None:
         name = type(self).__name__
-        projection = self._input_projection()
-        check_input(name, x, self.d_model, None if projection is None else weight_of(projection))
+        check_input(name, x, self.d_model, self._input_projection())
         if segment_ids is not None:
             check_segment_ids(name, segment_ids, x)
         if state is not None:

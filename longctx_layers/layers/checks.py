@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longctx_layers.layers.parameters import is_activation_dtype
 from longctx_layers.layers.state import Field
 from longctx_layers.ops.checks import expect_dtype, expect_shape
 
 
-def check_input(name: str, x: Tensor, d_model: int, weight: Tensor | None) -> None:
-    """Raise unless x is `[B, T, d_model]` with the dtype and device of a weight.
+def check_input(name: str, x: Tensor, d_model: int, projection: nn.Module | None) -> None:
+    """Raise unless x is `[B, T, d_model]` with the dtype and device of a projection's weight.
 
-    A projection without such a weight (None), for example a quantised one, checks x itself.
+    A projection without a plain weight, for example a quantised one, checks x itself.
     """
     expect_shape(f"{name}: x", x, (None, None, d_model), "[B, T, d_model]")
-    if weight is None:
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor):
         return
     if x.device != weight.device:
         raise ValueError(

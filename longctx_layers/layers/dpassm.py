@@ -18,10 +18,9 @@ from longctx_layers.layers.state_space import (
     SelectiveProjection,
     no_conv,
     two_path_probes,
-    with_breaks,
 )
 from longctx_layers.layers.window import WindowLayer
-from longctx_layers.ops import Segments, ssd
+from longctx_layers.ops import Segments
 from longctx_layers.ops.checks import expect_choice, expect_positive
 
 
@@ -165,26 +164,19 @@ class DPASSM(WindowLayer[DPASSMState]):
             kept["conv"] = no_conv(x)
             kept["h"] = x.new_zeros(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
             return self.o_proj(o.flatten(2)), kept
-        s, kept["conv"], kept["h"] = self._run_state_space(x, state, with_breaks(segments))
+        conv = None if state is None else state.conv
+        h = None if state is None else state.h
+        # PEFT wraps modules that it trains whole: the path is known by its methods, not its class.
+        path = cast("SelectiveProjection | DiagonalSSM", self.state_space)
+        s, kept["conv"], kept["h"] = path.run(x, conv, h, segments)
+        if self.ssm == "diagonal":
+            s = self.heads(s, self.n_heads)
         z = self.gate_proj(x).unflatten(-1, o.shape[2:])
         if self.fuse == "gate":
             y = fuse(z, o, s, self.norm_o, self.norm_s)
         else:
             y = o + (1 - torch.sigmoid(z)) * self.norm_s(s)
         return self.o_proj(y.flatten(2)), kept
-
-    def _run_state_space(
-        self, x: Tensor, state: DPASSMState | None, segments: Segments | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """s `[B, T, H, P]`, the conv tail and h."""
-        conv, h = (None, None) if state is None else (state.conv, state.h)
-        if self.ssm == "diagonal":
-            s, h = cast("DiagonalSSM", self.state_space)(x, h, segments)
-            return self.heads(s, self.n_heads), no_conv(s), h
-        selective = cast("SelectiveProjection", self.state_space)
-        inputs, conv = selective(x, conv, segments)
-        s, h = ssd(*inputs, initial_state=h, segments=segments)
-        return selective.add_skip(s, inputs.x), conv, h
 
     @classmethod
     def test_cases(cls) -> dict[str, dict[str, Any]]:

@@ -14,11 +14,6 @@ from longctx_layers.layers.state import map_state
 TOKENS_AT_ONCE = 2048
 
 
-def fits_at_once(x: Tensor) -> bool:
-    """Whether a call with x `[B, T, D]` is small enough to run as a whole."""
-    return x.shape[0] * x.shape[1] <= TOKENS_AT_ONCE
-
-
 def by_rows(
     call: Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]],
     x: Tensor,

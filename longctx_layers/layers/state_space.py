@@ -14,7 +14,7 @@ from longctx_layers.layers.base import Probe
 from longctx_layers.layers.init import already_drawn, set_first
 from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.state import tail
-from longctx_layers.ops import Segments, conv_silu, diagonal_scan
+from longctx_layers.ops import Segments, conv_silu, diagonal_scan, ssd
 
 CONV_WIDTH = 4
 
@@ -77,12 +77,12 @@ class SelectiveProjection(SpecialParameters):
     def forward(
         self, u: Tensor, before: Tensor | None, segments: Segments | None
     ) -> tuple[SSDInputs, Tensor]:
-        """Project and convolve `[B, T, D]`.
+        """Project and convolve.
 
         Args:
-            u: the layer's input.
+            u: the layer's input `[B, T, D]`.
             before: the state's `conv`, or None at the beginning.
-            segments: from `with_breaks`.
+            segments: of u, from `with_breaks`.
 
         Returns:
             The inputs of the recurrence, and the new state's `conv`.
@@ -101,6 +101,24 @@ class SelectiveProjection(SpecialParameters):
         dt = F.softplus(self.dt_proj(u).to(precise) + self.dt_bias.to(precise))
         A = -torch.exp(self.A_log.to(precise))
         return SSDInputs(x.unflatten(-1, (self.n_heads, self.head_dim)), dt, A, B, C), conv
+
+    def run(
+        self, u: Tensor, conv: Tensor | None, h: Tensor | None, segments: Segments | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole path.
+
+        Args:
+            u: the layer's input `[B, T, D]`.
+            conv, h: of the state, or None at the beginning.
+            segments: of u.
+
+        Returns:
+            s `[B, T, H, P]`, and the new state's conv and h.
+        """
+        segments = with_breaks(segments)
+        inputs, conv = self(u, conv, segments)
+        s, h = ssd(*inputs, initial_state=h, segments=segments)
+        return self.add_skip(s, inputs.x), conv, h
 
     def add_skip(self, y: Tensor, x: Tensor) -> Tensor:
         """Add the token's own convolved input to what was read from the state: `[B, T, H, P]`."""
@@ -145,10 +163,8 @@ class DiagonalSSM(SpecialParameters):
     def forward(
         self, u: Tensor, initial: Tensor | None, segments: Segments | None
     ) -> tuple[Tensor, Tensor]:
-        """`[B, T, D]` and h `[B, N]` to s `[B, T, H * P]` and the final h.
-
-        `segments` are those from `with_breaks`.
-        """
+        """`[B, T, D]` and h `[B, N]` to s `[B, T, H * P]` and the final h."""
+        segments = with_breaks(segments)
         precise = torch.promote_types(u.dtype, torch.float32)
         log_decay = -torch.exp(self.log_rate.to(precise))
         h, final = diagonal_scan(
@@ -156,6 +172,13 @@ class DiagonalSSM(SpecialParameters):
         )
         s: Tensor = self.C_proj(h)
         return s, final
+
+    def run(
+        self, u: Tensor, conv: Tensor | None, h: Tensor | None, segments: Segments | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `SelectiveProjection.run`, but s is `[B, T, H * P]`, and conv empty."""
+        s, h = self(u, h, segments)
+        return s, no_conv(s), h
 
     def flops_per_token(self) -> float:
         """Operations per token besides the projections."""
