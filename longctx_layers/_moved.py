@@ -20,7 +20,7 @@ MOVED = {
     "pretrained": "lm.pretrained",
     "sizes": "lm.factory",
     "varlen": "packing",
-    "calls": "hf.documents",
+    "calls": "transformers_calls.documents",
     "evals.prefill": "evals.probing",
     "layers.ssm": "layers.state_space",
     "ops.blocked_attention": "ops.attention.blocked",

@@ -4,7 +4,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-import structure
+
+from benchmarks import structure
 
 FILES = {
     "pyproject.toml": '[tool.mypy]\npackages = ["longctx_layers"]\nfiles = ["gpu"]\n',

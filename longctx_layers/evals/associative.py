@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from longctx_layers.evals.tasks import Batch, Task
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 from longctx_layers.ops.checks import expect_positive
 
 

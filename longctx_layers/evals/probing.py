@@ -12,7 +12,8 @@ from torch import Tensor
 from longctx_layers.evals.tasks import Batch
 from longctx_layers.layers.parameters import device_of
 from longctx_layers.lm.block import Block
-from longctx_layers.lm.model import IGNORED_LABEL, LongContextLM, ModelState
+from longctx_layers.lm.loss import IGNORED_LABEL
+from longctx_layers.lm.model import LongContextLM, ModelState
 from longctx_layers.ops.checks import expect_positive
 
 Progress = Callable[[int], object]  # is told how many more tokens have been read

@@ -461,7 +461,9 @@ def test_pads_have_no_loss() -> None:
 
 def test_labels_outside_the_vocabulary_are_refused() -> None:
     model, ids = small_model("window"), some_ids(2, 5)
-    with pytest.raises(ValueError, match=r"labels: expected -100 or ids in \[0, 13\), got 3 to 13"):
+    with pytest.raises(
+        ValueError, match=r"labels: expected -100 or token ids in \[0, 13\), got 3 to 13"
+    ):
         model.loss(ids, torch.tensor([[3, 4, 13, -100, 5]] * 2))
 
 

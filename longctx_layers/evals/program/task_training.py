@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longctx_layers import LongContextLM, detach_state
 from longctx_layers.evals import Mqar, Task
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 from longctx_layers.training.optimization import parameter_groups, warmup_cosine
 
 EXTRA_QUESTIONS = 8
