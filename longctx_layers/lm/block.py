@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx_layers.layers import AttentionLayer
+from longctx_layers.layers import Layer
 from longctx_layers.layers.init import draw_linear, mark_drawn
 
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        mixer: AttentionLayer,
+        mixer: Layer[Any],
         ffn_dim: int,
         *,
         dropout: float = 0.0,

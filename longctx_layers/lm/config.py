@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from longctx_layers.layers import LAYERS, Projection, RopeScaling
+from longctx_layers.layers import LAYERS, Projection, RopeScaling, layer_name
+from longctx_layers.layers.registry import canonical_name, layer_parameters
 from longctx_layers.ops.checks import expect_positive
 
 
@@ -74,7 +74,7 @@ class ModelConfig:
         layer's index, so that no two layers draw the same random keys.
         """
         name = self.block_names[index]
-        accepted = inspect.signature(LAYERS[name]).parameters
+        accepted = layer_parameters(name)
         options = {"dropout": self.dropout, **self.block_kwargs.get(name, {})}
         if "chunk_shift" in accepted:
             chunk_size = options.get("chunk_size", accepted["chunk_size"].default)
@@ -118,13 +118,9 @@ def _checked_pattern(pattern: Any, n_layers: int) -> tuple[str, ...]:
         raise TypeError(
             f"pattern: expected block names, got {pattern!r}; pass e.g. ('dpassm', 'vanilla')"
         )
-    pattern = tuple(pattern)
-    unknown = [name for name in pattern if name not in LAYERS]
-    if unknown or not pattern:
-        raise ValueError(
-            f"pattern: expected block names out of {list(LAYERS)}, got {list(pattern)}; "
-            "use one or more of these names"
-        )
+    pattern = tuple(layer_name(name) for name in pattern)
+    if not pattern:
+        raise ValueError(f"pattern: expected at least one of the layers {list(LAYERS)}, got none")
     if len(pattern) > n_layers:
         raise ValueError(
             f"pattern: expected at most n_layers = {n_layers} names, got {len(pattern)}; "
@@ -139,6 +135,7 @@ def _by_block_name(block_kwargs: Any, pattern: tuple[str, ...]) -> dict[str, dic
             f"block_kwargs: expected a dict of options, got {block_kwargs!r}; "
             "pass e.g. {'window_size': 128}"
         )
+    block_kwargs = {canonical_name(name): given for name, given in block_kwargs.items()}
     names = sorted(set(pattern))
     by_name = all(isinstance(given, Mapping) for given in block_kwargs.values())
     if len(names) == 1 and not (by_name and set(block_kwargs) <= set(LAYERS)):
