@@ -134,18 +134,23 @@ def layers(make: Inputs) -> dict[str, Callable[[], Call]]:
     return {f"{n}, {b}": contender(n, b) for n in LAYERS for b in ("triton", "torch")}
 
 
+def group(name: str, make: Inputs, args: argparse.Namespace) -> Group:
+    """One of GROUPS."""
+    of = f"{make.batch} x {make.length}"
+    if name == "full":
+        return f"full attention, {of}", attention(make, None)
+    if name == "window":
+        return f"window attention, {of}", attention(make, args.window)
+    if name == "ssd":
+        return f"state space (SSD), N {args.states}, {of}", state_space(make)
+    return f"layers, {of}", layers(make)
+
+
 def groups(args: argparse.Namespace) -> Iterator[Group]:
     for length in args.lengths:
         make = Inputs(args, length)
-        of = f"{make.batch} x {length}"
-        if "full" in args.groups:
-            yield f"full attention, {of}", attention(make, None)
-        if "window" in args.groups:
-            yield f"window attention, {of}", attention(make, args.window)
-        if "ssd" in args.groups:
-            yield f"state space (SSD), N {args.states}, {of}", state_space(make)
-        if "layers" in args.groups:
-            yield f"layers, {of}", layers(make)
+        for name in args.groups:
+            yield group(name, make, args)
 
 
 def timed(call: Callable[[], Any], device: str) -> float:
@@ -226,8 +231,8 @@ def main() -> None:
         sys.exit("no GPU that torch can use: nothing was measured")
     args.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for group in groups(args):
-        for row in measure(group, args):
+    for contenders in groups(args):
+        for row in measure(contenders, args):
             rows.append(row)
             print(json.dumps(row), flush=True)
         # After each group: whatever ends the program later, these were measured.

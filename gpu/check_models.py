@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checks", nargs="+", default=names, choices=names)
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--length", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=80)
+    parser.add_argument("--seconds", type=float, default=75)
     args = parser.parse_args(argv)
     report = Report(args.seconds)
     torch.manual_seed(0)

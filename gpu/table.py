@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import gpu_table
 from candidates import use_winners
 
+AUTOTUNED = ("ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_combined", "ssd_state_passing")
 AT_MOST = 3
 # Rows and columns of a block of mamba-ssm's kernels that a cycle model of the compiled code liked.
 KEPT = ((128, 64), (64, 64), (128, 128))
@@ -26,18 +28,12 @@ def limit_autotuning() -> None:
     Compiling and timing all would take minutes. What is left may be slower than what it would
     choose itself, which a page with these numbers has to say.
     """
-    try:
-        from mamba_ssm.ops.triton import (
-            ssd_bmm,
-            ssd_chunk_scan,
-            ssd_chunk_state,
-            ssd_combined,
-            ssd_state_passing,
-        )
-    except Exception as error:  # absent, or it does not import here: the table says so as well
-        print(f"mamba-ssm: {type(error).__name__}: {error}")
-        return
-    for module in (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing):
+    for name in AUTOTUNED:
+        try:
+            module = import_module(f"mamba_ssm.ops.triton.{name}")
+        except Exception as error:  # absent, or it does not import here: the table says so as well
+            print(f"mamba-ssm: {type(error).__name__}: {error}")
+            return
         _keep_few(module)
 
 
