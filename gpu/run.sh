@@ -144,6 +144,7 @@ assembler() {
 }
 ASSEMBLERS=
 for name in bundled blackwell machine carried; do
+    [ -n "$DRY" ] && [ "$(wc -w <<< "$ASSEMBLERS")" = 2 ] && break # no CPU uses them
     if [ -x "$(assembler $name)" ]; then
         ASSEMBLERS="$ASSEMBLERS $name"
         say "assembler $name: $("$(assembler $name)" --version | grep -o 'V[0-9][0-9.]*')"
