@@ -20,11 +20,9 @@ from longctx_layers.data.module import LongContextData
 from longctx_layers.data.store import DamagedCacheError
 from longctx_layers.data.trainer_flags import check_end
 from longctx_layers.files import UNWRITABLE, StorageError
-from longctx_layers.training.checkpoints import (
-    AtomicCheckpointIO,
-    newest_checkpoint,
-    read_content,
-)
+from longctx_layers.training.checkpoint_files import newest_checkpoint
+from longctx_layers.training.checkpoint_io import AtomicCheckpointIO
+from longctx_layers.training.checkpoints import read_content
 from longctx_layers.training.hardware import settle
 from longctx_layers.training.module import LanguageModel, NonFiniteError
 from longctx_layers.training.monitoring import Monitor

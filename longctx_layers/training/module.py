@@ -14,7 +14,8 @@ from longctx_layers.data.errors import DataError
 from longctx_layers.data.trainer_flags import check_end
 from longctx_layers.lm.model import IGNORED_LABEL
 from longctx_layers.training import optimization
-from longctx_layers.training.checkpoints import gather_ranks, packed_tokenizer
+from longctx_layers.training.checkpoint_io import gather_ranks
+from longctx_layers.training.checkpoints import packed_tokenizer
 from longctx_layers.training.curriculum import (
     WindowCurriculum,
     check_lengths,

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from longctx_layers.files import check_writable
-from longctx_layers.training.checkpoints import FOLDER, Facts, facts, folder_facts
+from longctx_layers.training.checkpoint_files import FOLDER, Facts, facts, folder_facts
 from longctx_layers.training.requeue import SaveRequests, requeue
 
 
