@@ -40,7 +40,8 @@ from longctx_layers.reports.figures import (
 )
 from longctx_layers.reports.files import add_output
 from longctx_layers.reports.logs import scalars, versions
-from longctx_layers.training.checkpoints import newest_checkpoint, read_checkpoint
+from longctx_layers.training.checkpoint_files import newest_checkpoint
+from longctx_layers.training.checkpoints import read_checkpoint
 
 LONGER = 8
 HELD_OUT = 0.1  # of the documents

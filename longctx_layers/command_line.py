@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Collection, Sequence
@@ -26,6 +27,14 @@ def underscored(arguments: Sequence[str]) -> list[str]:
             argument = "--" + name[2:].replace("-", "_") + rest
         result.append(argument)
     return result
+
+
+def program_name() -> str:
+    """How the running program was started: `python -m longctx_layers.info`, or a script's name."""
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if module is None or not module.name:
+        return os.path.basename(sys.argv[0])
+    return f"python -m {module.name.removesuffix('.__main__')}"
 
 
 def closest(name: str, valid: Collection[str]) -> str:

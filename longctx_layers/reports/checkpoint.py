@@ -16,13 +16,8 @@ from longctx_layers import LAYERS, LongContextLM
 from longctx_layers.data.tokenizers import Tokenizer, load_tokenizer
 from longctx_layers.reports.content import visible
 from longctx_layers.reports.figures import SERIES, style_of
-from longctx_layers.training.checkpoints import (
-    FOLDER,
-    model_of,
-    newest_checkpoint,
-    read_content,
-    unpack_tokenizer,
-)
+from longctx_layers.training.checkpoint_files import FOLDER, newest_checkpoint
+from longctx_layers.training.checkpoints import model_of, read_content, unpack_tokenizer
 
 
 @dataclass
