@@ -30,7 +30,12 @@ def underscored(arguments: Sequence[str]) -> list[str]:
 
 
 def program_name() -> str:
-    """How the running program was started: `python -m longctx_layers.info`, or a script's name."""
+    """How the running program was started, as usage texts and errors name it.
+
+    `longctx train`, `python -m longctx_layers.training.train`, or a script's name.
+    """
+    if sys.argv[0].startswith("longctx "):  # from longctx_layers/cli.py
+        return sys.argv[0]
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     if module is None or not module.name:
         return os.path.basename(sys.argv[0])
