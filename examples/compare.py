@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from longctx_layers import LongContextLM
+from longctx_layers.command_line import add_output
 from longctx_layers.data.module import LongContextData
 from longctx_layers.evals import buckets
 from longctx_layers.files import write
@@ -38,7 +39,6 @@ from longctx_layers.reports.figures import (
     png,
     without_the_fall,
 )
-from longctx_layers.reports.files import add_output
 from longctx_layers.reports.logs import scalars, versions
 from longctx_layers.training.checkpoint_files import newest_checkpoint
 from longctx_layers.training.checkpoints import read_checkpoint

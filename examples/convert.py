@@ -27,10 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from longctx_layers.command_line import add_output
 from longctx_layers.convert import convert_attention
 from longctx_layers.data.byte_text import documents, split, stretch, windows
 from longctx_layers.files import write
-from longctx_layers.reports.files import add_output
 
 OPTIONS: dict[str, dict[str, Any]] = {"dpassm": {"ssm_state_dim": 16}, "window": {}}
 KINDS = tuple(OPTIONS)

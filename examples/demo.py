@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longctx_layers import LongContextLM, create_model, parameter_groups
+from longctx_layers.command_line import add_output
 from longctx_layers.data.byte_text import documents, split, stretch, windows
 from longctx_layers.evals import buckets
 from longctx_layers.files import write
 from longctx_layers.reports.figures import STYLES, lengths_along, mark_place, new_figure, png
-from longctx_layers.reports.files import add_output
 
 MODELS = {
     "dpassm": {"ssm_state_dim": 16},

@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longctx_layers import LAYERS, LongContextLM, create_model
+from longctx_layers.command_line import add_output
 from longctx_layers.files import write
 from longctx_layers.lm.factory import SIZES
-from longctx_layers.reports.files import add_output
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -32,6 +32,23 @@ def installed() -> dict[str, str]:
     return versions
 
 
+def machine(device: torch.device | str = "cpu") -> str:
+    """What measurements depend on, in one line: processor, threads and torch's version.
+
+    >>> "torch" in machine()
+    True
+    """
+    threads = torch.get_num_threads()
+    parts = [
+        f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}",
+        f"{threads} thread{'s' * (threads > 1)}",
+        f"torch {torch.__version__}",
+    ]
+    if torch.device(device).type == "cuda":
+        parts.insert(0, torch.cuda.get_device_name(device))
+    return ", ".join(parts)
+
+
 def choices(device: torch.device | str) -> list[Choice]:
     """Every operation's backends for a small call of each layer on the device."""
     rows: dict[Choice, None] = {}

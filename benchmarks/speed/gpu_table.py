@@ -24,8 +24,8 @@ from torch import Tensor
 
 from benchmarks.speed.common import LOCAL_OPTIONS
 from longctx_layers import LAYERS, build_layer, ops, use_backend
+from longctx_layers.command_line import add_output
 from longctx_layers.layers import layer_options
-from longctx_layers.reports.files import add_output
 
 Call = Callable[[], Tensor]
 Group = tuple[str, dict[str, Callable[[], Call]]]  # a title, and contenders by name

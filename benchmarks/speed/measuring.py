@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.speed.common import Shape
-from longctx_layers.reports.files import add_output
+from longctx_layers.command_line import add_output
 
 
 class Timing(NamedTuple):

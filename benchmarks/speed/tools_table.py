@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from benchmarks.speed.measuring import command, interleave, machine
 from examples.demo import train
 from longctx_layers import DPASSM, create_model
+from longctx_layers.command_line import add_output
 from longctx_layers.data.byte_text import documents, split, stretch
 from longctx_layers.files import write
-from longctx_layers.reports.files import add_output
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,4 +1,4 @@
-"""A report as Markdown, with its pictures in files beside it."""
+"""A report as Markdown, with its pictures as separate files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PICTURES = "pictures"  # the folder
 
 
 def render(title: str, introduction: str, sections: Sequence[Section]) -> str:
-    """The page."""
+    """The page as Markdown."""
     blocks = [f"# {escaped(title)}", escaped(introduction)]
     for section in sections:
         blocks += [f"## {escaped(section.title)}", *map(_part, section.parts)]
@@ -19,7 +19,11 @@ def render(title: str, introduction: str, sections: Sequence[Section]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is: on one line, without markup, links or HTML."""
+    """Text that Markdown shows literally: on one line, without markup, links or HTML.
+
+    >>> print(escaped("*not bold*"))
+    \\*not bold\\*
+    """
     line = " ".join(visible(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;")
     line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)
@@ -28,7 +32,7 @@ def escaped(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """Text in a block of code, whatever fences stand in it."""
+    """Text in a code block, with a fence that is longer than any in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{visible(text)}\n{fence}"
@@ -43,7 +47,7 @@ def _part(part: Part) -> str:
         return f"![{escaped(part.shows)}]({PICTURES}/{part.name}.png)"
     if isinstance(part, Sample):
         return "\n\n".join(
-            ["Prompt:", fenced(part.prompt), "The model writes:", fenced(part.continuation)]
+            ["Prompt:", fenced(part.prompt), "Continuation:", fenced(part.continuation)]
         )
     if isinstance(part, Warned):
         return f"> **{escaped(part)}**"
