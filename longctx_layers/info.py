@@ -40,7 +40,8 @@ def machine(device: torch.device | str = "cpu") -> str:
     """
     threads = torch.get_num_threads()
     parts = [
-        f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}",
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
         f"{threads} thread{'s' * (threads > 1)}",
         f"torch {torch.__version__}",
     ]

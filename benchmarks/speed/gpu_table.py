@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,8 @@ from torch import Tensor
 from benchmarks.speed.common import LOCAL_OPTIONS
 from longctx_layers import LAYERS, build_layer, ops, use_backend
 from longctx_layers.command_line import add_output
+from longctx_layers.files import write
+from longctx_layers.info import machine
 from longctx_layers.layers import layer_options
 
 Call = Callable[[], Tensor]
@@ -197,10 +198,9 @@ def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     lines = [
-        f"`python {' '.join(sys.argv)}`: {gpu}, torch {torch.__version__}; bf16, {args.n_heads} "
-        f"heads of {args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
+        f"`python {' '.join(sys.argv)}`: {machine(args.device)}; bf16, {args.n_heads} heads of "
+        f"{args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
     ]
     title = None
     for row in rows:
@@ -222,9 +222,8 @@ def main() -> None:
         for row in measure(group, args):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.output / "table.md").write_text(table(rows, args))
+    write(args.output / "table.json", json.dumps(rows, indent=1) + "\n")
+    write(args.output / "table.md", table(rows, args))
     print(table(rows, args) + f"\nWritten to {args.output}/")
 
 

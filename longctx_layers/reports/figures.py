@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import TypeVar
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -46,6 +47,18 @@ SERIES = (
     (BLACK, "s"),
     (SKY_BLUE, "P"),
 )
+
+
+class Line(NamedTuple):
+    """A line of a picture: its points, and what it looks like."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    label: str
+    colour: str
+    mark: str = ""
+    style: str = "-"
+
 
 AxesT = TypeVar("AxesT", bound=Axes)
 Legend = tuple[Sequence[Artist], Sequence[str]]  # handles and labels
@@ -145,3 +158,53 @@ def png(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def draw_lines(axes: Axes, lines: Sequence[Line], *, most_marks: int = 12) -> None:
+    """Draw lines; long ones get a marker at some points only."""
+    for line in lines:
+        axes.plot(
+            line.x,
+            line.y,
+            line.style,
+            color=line.colour,
+            marker=line.mark,
+            markersize=5,
+            markevery=max(1, len(line.x) // most_marks),
+            label=line.label,
+        )
+
+
+def position_line(
+    rows: Sequence[tuple[int, int, float]], label: str, colour: str, mark: str, style: str = "-"
+) -> Line:
+    """The line of losses by position, from rows of `longctx_layers.evals.buckets`."""
+    places = [math.sqrt(first * last) for first, last, _ in rows]
+    return Line(places, [mean for *_, mean in rows], label, colour, mark, style)
+
+
+def draw_positions(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    marked: Mapping[str, float],
+    *,
+    columns: int = 3,
+) -> bytes:
+    """Losses by position as a PNG.
+
+    Args:
+        title: of the picture.
+        unit: of the positions.
+        lines: from `position_line`.
+        marked: positions to mark with a vertical line, by label.
+        columns: of the legend.
+    """
+    figure, axes = new_figure(
+        title, f"position in the sequence ({unit}s)", f"validation loss (nats per {unit})"
+    )
+    draw_lines(axes, lines)
+    lengths_along(axes)
+    for label, place in marked.items():
+        mark_place(axes, place, label)
+    return png(figure, axes, columns=columns)

@@ -18,6 +18,23 @@ def render(title: str, introduction: str, sections: Sequence[Section]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
+    """A table; cells may contain markup.
+
+    Args:
+        header: the names of the columns.
+        rows: as many cells each as the header has.
+        words: whether all columns are aligned to the left, and not only the first.
+
+    >>> print(table(["model", "loss"], [["window", "1.7"]]))
+    | model | loss |
+    | --- | ---: |
+    | window | 1.7 |
+    """
+    rule = ["---", *["---" if words else "---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
 def escaped(text: str) -> str:
     """Text that Markdown shows literally: on one line, without markup, links or HTML.
 
@@ -40,9 +57,9 @@ def fenced(text: str) -> str:
 
 def _part(part: Part) -> str:
     if isinstance(part, Table):
-        head, *rows = [[escaped(cell) for cell in row] for row in [part.header, *part.rows]]
-        rule = ["---", *["---" if part.words else "---:"] * (len(head) - 1)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+        header = [escaped(cell) for cell in part.header]
+        rows = [[escaped(cell) for cell in row] for row in part.rows]
+        return table(header, rows, words=part.words)
     if isinstance(part, Picture):
         return f"![{escaped(part.shows)}]({PICTURES}/{part.name}.png)"
     if isinstance(part, Sample):
