@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -24,8 +23,10 @@ from torch import Tensor
 
 from benchmarks.speed.common import LOCAL_OPTIONS
 from longctx_layers import LAYERS, build_layer, ops, use_backend
+from longctx_layers.command_line import add_output
+from longctx_layers.files import write
+from longctx_layers.info import machine
 from longctx_layers.layers import layer_options
-from longctx_layers.reports.files import add_output
 
 Call = Callable[[], Tensor]
 Group = tuple[str, dict[str, Callable[[], Call]]]  # a title, and contenders by name
@@ -209,10 +210,9 @@ def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     lines = [
-        f"`python {' '.join(sys.argv)}`: {gpu}, torch {torch.__version__}; bf16, {args.n_heads} "
-        f"heads of {args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
+        f"`python {' '.join(sys.argv)}`: {machine(args.device)}; bf16, {args.n_heads} heads of "
+        f"{args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
     ]
     title = None
     for row in rows:
@@ -236,8 +236,8 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
         # After each group: whatever ends the program later, these were measured.
-        (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (args.output / "table.md").write_text(table(rows, args))
+        write(args.output / "table.json", json.dumps(rows, indent=1) + "\n")
+        write(args.output / "table.md", table(rows, args))
     print(table(rows, args) + f"\nWritten to {args.output}/")
 
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.speed import layer_targets, model_targets
-from benchmarks.speed.measuring import Row, add_options, command, machine
+from benchmarks.speed.measuring import Row, add_options, command
 from longctx_layers import LAYERS
+from longctx_layers.info import machine
 
 Section = Callable[[argparse.Namespace], Iterator[Row]]
 SECTIONS: dict[str, Section] = {
