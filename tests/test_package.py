@@ -146,7 +146,7 @@ def test_programs_run_from_the_wheel_in_an_empty_folder(installed: Path, tmp_pat
     task = ("--task", "passkey", "--n", "1", "--no_probe", "--output_dir", "measured")
     run(*python, "longctx_layers.evals.synthetic", *task, *common, **where)
     assert (tmp_path / "measured/passkey.jsonl").is_file()
-    brief = ("--samples", "0", "--documents", "1", "--output-dir", "report")
+    brief = ("--samples", "0", "--documents", "2", "--output-dir", "report")
     run(*python, "longctx_layers.reports", *brief, *common, **where)
     assert (tmp_path / "report/report.html").is_file()
     longctx = installed / "bin/longctx"
