@@ -155,6 +155,7 @@ def test_transformers_imports_from_the_root() -> None:
 # public names in longctx_layers itself, are of the model's level.
 LEVELS = {
     "kernels": 1,
+    "command_line": 1,
     "ops": 2,
     "layers": 3,
     "data": 4,
