@@ -14,6 +14,7 @@ from benchmarks.speed.common import Case, Shape, local_options, state_bytes
 from benchmarks.speed.operations import OPERATIONS, operation_case
 from benchmarks.speed.peers import PEERS
 from longctx_layers import LAYERS, build_layer
+from longctx_layers.layers import Layer
 
 FLOOR = "linears of "
 COMPILED = ", compiled"
@@ -47,10 +48,10 @@ class LinearFloor(nn.Module):
     attention layer takes the output of the query projection; all others take the layer's input.
     """
 
-    def __init__(self, layer: nn.Module, d_model: int) -> None:
+    def __init__(self, layer: Layer[Any]) -> None:
         super().__init__()
         self.layer = layer
-        counts = count_tokens(layer, torch.zeros(1, PROBE, d_model))
+        counts = count_tokens(layer, torch.zeros(1, PROBE, layer.d_model))
         self.fixed = {name: count for name, count in counts.items() if count != PROBE}
         self.linears = {name: layer.get_submodule(name) for name in counts}
         self.output = None
@@ -90,7 +91,7 @@ def module(name: str, shape: Shape) -> nn.Module:
     if name.endswith(COMPILED):
         return torch.compile(module(name.removesuffix(COMPILED), shape))
     if name.startswith(FLOOR):
-        return LinearFloor(module(name.removeprefix(FLOOR), shape), shape.d_model)
+        return LinearFloor(module(name.removeprefix(FLOOR), shape))
     if name in PEERS:
         return PEERS[name].build(shape)
     return build_layer(name, shape.d_model, shape.n_heads, **local_options(name, shape.local))

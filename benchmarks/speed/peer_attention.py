@@ -33,7 +33,7 @@ class Projected(nn.Module):
         return self.out(rearrange(y, "b h t p -> b t (h p)"))
 
 
-def with_weights(layer: AttentionLayer, qkv: list[Tensor], out: Tensor) -> Function:
+def with_weights(layer: AttentionLayer[Any], qkv: list[Tensor], out: Tensor) -> Function:
     """Our layer with these weights in its projections."""
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
     for projection, weight in zip(projections, [*qkv, out], strict=True):
