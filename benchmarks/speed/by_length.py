@@ -13,8 +13,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.speed.common import RUNS, forward
-from benchmarks.speed.contenders import FLOOR, case, decode, floors
+from benchmarks.speed.common import RUNS, Shape, forward
+from benchmarks.speed.contenders import FLOOR, case, decode, floors, module
 from benchmarks.speed.drawing import draw
 from benchmarks.speed.measuring import add_options, command, interleave, machine, shape_of, slope
 from benchmarks.speed.memory import passes, peak_bytes
@@ -24,7 +24,6 @@ from longctx_layers import LAYERS
 from longctx_layers.command_line import Parser
 from longctx_layers.files import write
 
-QUADRATIC = (SDPA, "vanilla", FULL)
 KINDS = ("layers", "operations")
 Rows = list[dict[str, Any]]
 
@@ -34,12 +33,20 @@ def contenders(kind: str) -> list[str]:
     return [SDPA, *LAYERS] if kind == "layers" else list(OPERATIONS)
 
 
+def is_quadratic(name: str) -> bool:
+    """Whether the cost grows with the square of the length: every token sees all before it."""
+    if name in LAYERS:
+        layer = module(name, Shape(d_model=16, n_heads=1, local=8))
+        return layer.reach is None and not layer.constant_state
+    return name in (SDPA, FULL)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192, 32768, 65536])
     parser.add_argument(
-        "--quadratic_up_to", type=int, default=32768, help="the longest length for full attention"
+        "--quadratic_up_to", type=int, default=32768, help="the longest sequence for full attention"
     )
     parser.add_argument("--only", choices=KINDS, help="measure only these; default: both")
     return parser.parse_args(argv)
@@ -49,8 +56,9 @@ def measure(kind: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of time and memory by name, run and length, and of decoding by name and context."""
     shape = shape_of(args)
     for length in args.lengths:
-        has_full = length <= args.quadratic_up_to
-        names = [name for name in contenders(kind) if has_full or name not in QUADRATIC]
+        names = contenders(kind)
+        if length > args.quadratic_up_to:
+            names = [name for name in names if not is_quadratic(name)]
         floor_names = floors(names, shape)
         for run, make_run in RUNS.items():
             calls = {n: make_run(case(n, shape, length)) for n in [*names, *floor_names]}
