@@ -6,9 +6,18 @@ from typing import Any, NamedTuple
 
 from benchmarks.speed.common import RUNS
 from benchmarks.speed.measuring import slope
-from longctx_layers.reports.figures import SERIES, in_decades, lengths_along, new_panels, png, tidy
+from longctx_layers import LAYERS
+from longctx_layers.reports.figures import (
+    SERIES,
+    in_decades,
+    lengths_along,
+    new_panels,
+    png,
+    style_of,
+    tidy,
+)
 
-LINES = ("-", "--", ":")  # where there are more lines than colours
+OTHER_LINES = ("--", ":")
 
 
 class Axis(NamedTuple):
@@ -25,6 +34,22 @@ AXES = {
 }
 
 
+def line_styles(names: list[str]) -> dict[str, dict[str, str]]:
+    """Line, colour and marker by name: layers have those of all figures and solid lines."""
+    others = [name for name in names if name not in LAYERS]
+    styles = {}
+    for name in names:
+        if name in LAYERS:
+            colour, marker, _ = style_of(name)
+            line = "-"
+        else:
+            repeat, place = divmod(others.index(name), len(SERIES))
+            colour, marker = SERIES[place]
+            line = OTHER_LINES[repeat % len(OTHER_LINES)]
+        styles[name] = {"linestyle": line, "color": colour, "marker": marker}
+    return styles
+
+
 def draw(rows: list[dict[str, Any]], what: str) -> bytes:
     """A PNG with a panel for each run and a line for each name.
 
@@ -34,30 +59,20 @@ def draw(rows: list[dict[str, Any]], what: str) -> bytes:
     """
     axis = AXES[what]
     drawn = [row for row in rows if row["run"] in RUNS and row.get(axis.key)]
-    names = list(dict.fromkeys(row["name"] for row in drawn))
+    styles = line_styles(list(dict.fromkeys(row["name"] for row in drawn)))
     figure, panels = new_panels(len(RUNS), size=(6.2, 5.2))
     figure.set_layout_engine(None)  # the legends below would take the room of the panels
     for panel, run in zip(panels, RUNS, strict=True):
         panel.sharey(panels[0])
         tidy(panel, run, "length (tokens)", axis.label)
-        for number, name in enumerate(names):
+        for name, style in styles.items():
             points = [row for row in drawn if (row["run"], row["name"]) == (run, name)]
             if not points:
                 continue
             x = [row["length"] for row in points]
             y = [row[axis.key] / axis.unit for row in points]
             exponent = f"  (slope {slope(x, y):.2f})" if len(x) > 1 else ""
-            repeat, place = divmod(number, len(SERIES))
-            colour, marker = SERIES[place]
-            panel.plot(
-                x,
-                y,
-                LINES[repeat % len(LINES)],
-                marker=marker,
-                markersize=4,
-                color=colour,
-                label=name + exponent,
-            )
+            panel.plot(x, y, markersize=4, label=name + exponent, **style)
         lengths_along(panel)
         panel.set_xticks(sorted({row["length"] for row in drawn}))
         panel.minorticks_off()
