@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = COMMANDS.get(name)
     if command is None:
         sys.exit(f"longctx: error: no command {name!r}{closest(name, COMMANDS)}\n\n{usage()}")
-    sys.argv = [f"longctx {name}", *rest]  # the programs read it, and name themselves by it
+    sys.argv = ["longctx", *rest]  # the programs read it, and name themselves by it
     try:
         program = importlib.import_module(command.module)
     except ModuleNotFoundError as error:

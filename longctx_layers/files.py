@@ -183,6 +183,25 @@ def _unwritten(path: Path, error: OSError) -> OSError:
     )
 
 
+def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Write files by their names under a folder, all or none.
+
+    Raises:
+        OSError: if one cannot be written; files that existed before are unchanged.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_all(folder, {"page.md": "# A page", "pictures/a.png": b"..."})
+    >>> sorted(path.name for path in folder.iterdir())
+    ['page.md', 'pictures']
+    """
+    check_targets(folder, contents)
+    with write_folder(folder) as partial:
+        for name, content in contents.items():
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def check_targets(folder: Path, names: Iterable[str]) -> None:
     """Check that files of these names can be written under a folder; nothing stays behind there.
 

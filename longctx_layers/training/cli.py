@@ -195,13 +195,12 @@ class CLI(LightningCLI):
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the training program.
 
     Args:
         arguments: the command line, `["fit", "--model.block=dpassm", ...]`; `sys.argv[1:]` by
             default.
-        prog: the program's name in the help, if it is called under another one.
     """
     for message in SILENCED:
         warnings.filterwarnings("ignore", message)
@@ -218,7 +217,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
             parser_kwargs={
                 "default_env": True,
                 "env_prefix": "LONGCTX",
-                "prog": prog or program_name(),
+                "prog": program_name("longctx_layers.training.train", "train"),
                 "description": "Train a language model over any of the layers.",
             },
             auto_configure_optimizers=False,

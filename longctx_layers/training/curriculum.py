@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longctx_layers import LongContextLM
-from longctx_layers.training.optimization import mixers
 
 
 def check_schedule(name: str, schedule: Mapping[int, int] | None) -> None:
@@ -121,7 +120,7 @@ class WindowCurriculum:
     def __init__(self, model: LongContextLM, schedule: Mapping[int, int]) -> None:
         self.schedule = schedule
         self.now: int | None = None
-        self.layers = [mixer for mixer in mixers(model) if mixer.reach is not None]
+        self.layers = [mixer for mixer in model.mixers() if mixer.reach is not None]
         sizes = {mixer.reach for mixer in self.layers if mixer.reach is not None}
         last = schedule[max(schedule)]
         if sizes != {last}:

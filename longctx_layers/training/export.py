@@ -142,15 +142,14 @@ def _as_json(config: ModelConfig) -> str:
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program.
 
     Args:
         arguments: the command line; `sys.argv[1:]` by default.
-        prog: the program's name in the help and in errors, if it is called under another one.
     """
     parser = Parser(
-        prog=prog or program_name(),
+        prog=program_name("longctx_layers.training.export", "export"),
         description="Turn a checkpoint of the training into a folder that `from_pretrained` reads.",
     )
     parser.add_argument("--checkpoint_path", "--checkpoint", type=Path, required=True)

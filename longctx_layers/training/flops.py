@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from longctx_layers import LongContextLM
-from longctx_layers.training.optimization import mixers
 
 BACKWARD = 2  # a backward pass costs twice its forward pass
 
@@ -25,7 +24,7 @@ def forward_flops(model: LongContextLM, length: int) -> float:
     """Operations per token of one forward pass, averaged over sequences of `length` tokens."""
     linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     head = 0 if model.head is not None else 2 * model.embedding.weight.numel()
-    layers: float = sum(mixer.flops_per_token(length) for mixer in mixers(model))
+    layers: float = sum(mixer.flops_per_token(length) for mixer in model.mixers())
     return linears + head + layers
 
 

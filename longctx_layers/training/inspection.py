@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longctx_layers import LongContextLM, ModelConfig
-from longctx_layers.training.optimization import mixers
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def memory_statistics(
         return hook
 
     hooks: list[tuple[nn.Module, Any]] = []
-    for i, mixer in enumerate(mixers(model)):
+    for i, mixer in enumerate(model.mixers()):
         for probe in mixer.probes():
             hooks.append((probe.module, record(i, probe.statistics)))
     if hooks:

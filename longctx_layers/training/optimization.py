@@ -15,8 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 import longctx_layers
 from longctx_layers import LongContextLM
 from longctx_layers.command_line import closest
-from longctx_layers.layers import Layer
-from longctx_layers.lm.block import Block
 
 # They need a closure, refuse dense gradients, or refuse parameters that are not matrices.
 UNSUITED = {"LBFGS", "SparseAdam", "Muon"}
@@ -121,18 +119,9 @@ def parameter_groups(
     return groups
 
 
-def mixers(model: LongContextLM) -> list[Layer[Any]]:
-    """The layers of a model, one per block."""
-    layers = []
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        layers.append(block.mixer)
-    return layers
-
-
 def path_gates(model: LongContextLM) -> dict[int, nn.Module]:
     """The projections that weigh the two paths of a layer, by the layer's index."""
-    gates = {i: mixer.path_gate for i, mixer in enumerate(mixers(model))}
+    gates = {i: mixer.path_gate for i, mixer in enumerate(model.mixers())}
     return {i: gate for i, gate in gates.items() if gate is not None}
 
 

@@ -34,8 +34,8 @@ from support.program import (
 
 from longctx_layers import create_model
 from longctx_layers.data.tokenizers import ByteTokenizer
-from longctx_layers.evals.program.options import check as check_evaluation
-from longctx_layers.evals.program.options import doubling, parser
+from longctx_layers.evals.program.options import doubling
+from longctx_layers.evals.program.options import parse as parse_evaluation
 from longctx_layers.evals.synthetic import main as evaluate
 
 ON_GPU = torch.cuda.is_available()
@@ -124,13 +124,12 @@ def a_checkpoint(folder):
 @pytest.mark.parametrize("command", EVALUATIONS, ids=lambda one: " ".join(one.flags))
 def test_evaluation_is_accepted_as_written_and_runs(command, tmp_path, capsys):
     a_checkpoint(tmp_path / "path/to/checkpoint")
-    args = parser("").parse_args(command.flags)
     if ON_GPU:
-        check_evaluation(args)
+        parse_evaluation(command.flags)
     else:  # here, the whole command ends with a clear error
         with pytest.raises(ValueError, match="--device=cuda: torch .* finds no GPU"):
-            check_evaluation(args)
-        check_evaluation(parser("").parse_args([*command.flags, "--device", "cpu"]))
+            parse_evaluation(command.flags)
+        parse_evaluation([*command.flags, "--device", "cpu"])
     measured = evaluate(shrunk_evaluation(command.flags))
     printed = capsys.readouterr().out
     flags = dict(zip(command.flags[::2], command.flags[1::2], strict=False))
