@@ -7,7 +7,7 @@ import pytest
 
 from longctx_layers.command_line import program_name
 from longctx_layers.evals.program.options import parser as evaluation
-from longctx_layers.reports.__main__ import parser as report
+from longctx_layers.reports.flags import parser as report
 
 
 @pytest.mark.parametrize(

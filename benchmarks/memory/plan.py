@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from longctx_layers.evals import TASKS, Mqar, Passkey, Task
-from longctx_layers.evals.program.options import doubling
 from longctx_layers.evals.program.rows import key_of
 from longctx_layers.evals.program.task_training import Recipe
+from longctx_layers.evals.scoring import doubling
 
 WINDOW = 16
 REACH = 2 * (WINDOW - 1)  # of the two layers of every model
