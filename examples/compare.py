@@ -37,7 +37,14 @@ from longctx_layers.reports.markdown import table
 from longctx_layers.training.checkpoint_files import newest_checkpoint
 from longctx_layers.training.checkpoints import load_trained
 
-BLOCKS = tuple(figures.STYLES)
+BLOCKS = (
+    "vanilla",
+    "dpassm",
+    "blade",
+    "baseline_longformer",
+    "baseline_bigbird",
+    "window",
+)
 LONGER = 8
 HELD_OUT = 0.1  # of the documents
 PASSED_ON = ("--model.", "--data.", "--trainer.")
@@ -170,7 +177,7 @@ def draw_losses(blocks: dict[str, Any]) -> bytes:
     title = "Training: same tokens, same number of parameters"
     figure, axes = figures.new_figure(title, "training step", "training loss (nats per token)")
     for block, result in blocks.items():
-        colour, mark, label = figures.STYLES[block]
+        colour, mark, label = figures.style_of(block)
         steps, losses = zip(*result["train_loss"], strict=True)
         figures.draw_lines(axes, [figures.Line(steps, losses, label, colour, mark)])
     figures.without_the_fall(
@@ -183,7 +190,7 @@ def draw_by_position(blocks: dict[str, Any], trained: int) -> bytes:
     """Validation loss by position in the long sequences, as a PNG."""
     lines = []
     for block, result in blocks.items():
-        colour, mark, label = figures.STYLES[block]
+        colour, mark, label = figures.style_of(block)
         rows = result["validation"][str(LONGER * trained)]["by_position"]
         lines.append(figures.position_line(rows, label, colour, mark))
     title = "Loss by position, in files that no model saw"
@@ -198,7 +205,7 @@ def draw_lengths(blocks: dict[str, Any]) -> bytes:
         "validation perplexity per token",
     )
     for block, result in blocks.items():
-        colour, mark, label = figures.STYLES[block]
+        colour, mark, label = figures.style_of(block)
         short, long = (v["perplexity"] for v in result["validation"].values())
         speed = result["tokens_per_second"]
         axes.plot([speed, speed], [short, long], color=colour, linewidth=1)
@@ -231,7 +238,7 @@ def page(metrics: dict[str, Any]) -> str:
     n_tokens = settings["steps"] * settings["batch_size"] * trained
     rows = [
         [
-            figures.STYLES[block][2],
+            figures.style_of(block)[2],
             f"{r['parameters']:,}",
             *(f"{v['perplexity']:.3f}" for v in r["validation"].values()),
             gain_over_window(block, blocks, long),

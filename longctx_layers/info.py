@@ -7,6 +7,7 @@ from importlib import metadata
 
 import torch
 
+from longctx_layers.command_line import Parser, program_name
 from longctx_layers.layers import LAYERS, build_layer
 from longctx_layers.ops import Choice, explain
 
@@ -61,6 +62,10 @@ def choices(device: torch.device | str) -> list[Choice]:
 
 def main() -> None:
     """Print versions, devices and backends."""
+    Parser(
+        prog=program_name("longctx_layers.info", "info"),
+        description="Print versions, devices, and which backend runs what.",
+    ).parse_args()
     print(f"python {platform.python_version()} on {platform.machine()}")
     for name, version in installed().items():
         print(f"{name:<16} {version}")

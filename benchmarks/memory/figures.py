@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.memory.plan import BLOCKS
-from longctx_layers.reports.figures import GREY, STYLES, lengths_along, mark_place, new_figure, png
+from longctx_layers.reports.figures import (
+    GREY,
+    lengths_along,
+    mark_place,
+    new_figure,
+    png,
+    style_of,
+)
 
 NAMES = tuple(BLOCKS)
 _OFF = ", state path off"
@@ -16,7 +23,7 @@ ByBlock = Mapping[str, Sequence[Mapping[str, Any]]]  # results by block, one for
 
 def style(name: str) -> tuple[str, str, str, str]:
     """Colour, marker, line and label of a block; dotted without its state path."""
-    colour, mark, label = STYLES[name.removesuffix(_OFF)]
+    colour, mark, label = style_of(name.removesuffix(_OFF))
     return colour, mark, ":" if name.endswith(_OFF) else "-", label + _OFF * name.endswith(_OFF)
 
 

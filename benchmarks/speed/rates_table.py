@@ -1,9 +1,9 @@
-"""What it costs to round the rates of state spaces to bfloat16, beside everything else.
+"""What rounding the rates of state spaces to bfloat16 costs, compared with all other parameters.
 
     python -m benchmarks.speed.rates_table    (some minutes; docs/integration.md shows its table)
 
-Byte-level models are trained on Python's standard library, and measured on the beginnings of long
-files that they never saw: with only the rates rounded, only the rest, and both.
+Byte-level models are trained on Python's standard library and evaluated on the beginnings of long
+held-out files: with only the rates rounded, only all other parameters, and both.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.speed.measuring import command
 from benchmarks.speed.training import train_on_text
 from longctx_layers import create_model
+from longctx_layers.command_line import Parser
 from longctx_layers.data.byte_text import documents, split
 from longctx_layers.evals import token_losses
 from longctx_layers.info import machine
@@ -35,24 +36,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="of training")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--bytes", type=int, default=16384, help="of each file that is measured")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=150, help="training steps")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--sequence_length", type=int, default=1024)
+    parser.add_argument("--bytes", type=int, default=16384, help="bytes of each held-out file")
     parser.add_argument("--files", type=int, default=10)
-    parser.add_argument("--text", type=Path, help="a file or folder of text, instead of the stdlib")
+    parser.add_argument(
+        "--text", type=Path, help="a file or folder of text; default: Python's standard library"
+    )
     return parser.parse_args(argv)
 
 
 @torch.no_grad()
 def loss(model: nn.Module, rows: list[Tensor]) -> float:
-    """The mean over all bytes."""
+    """The mean loss over all bytes."""
     return sum(token_losses(model, row[None]).mean().item() for row in rows) / len(rows)
 
 
 def version(model: nn.Module, *, low_rates: bool, low_rest: bool) -> nn.Module:
-    """A copy with some of its parameters rounded to bfloat16."""
+    """A copy of a model with some of its parameters rounded to bfloat16."""
     changed = deepcopy(model)
     if low_rest:
         changed.bfloat16()

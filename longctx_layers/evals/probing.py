@@ -12,7 +12,8 @@ from torch import Tensor
 from longctx_layers.evals.tasks.base import Batch
 from longctx_layers.layers.parameters import device_of
 from longctx_layers.lm.block import Block
-from longctx_layers.lm.model import IGNORED_LABEL, LongContextLM, ModelState
+from longctx_layers.lm.loss import IGNORED_LABEL
+from longctx_layers.lm.model import LongContextLM, ModelState
 from longctx_layers.ops.checks import expect_positive
 
 Progress = Callable[[int], object]  # called with the number of tokens read since the last call
@@ -45,10 +46,9 @@ def reach(model: LongContextLM) -> int | None:
     """
     total = 0
     for block in cast("list[Block]", list(model.blocks)):
-        size = getattr(block.mixer, "window_size", getattr(block.mixer, "chunk_size", None))
-        if size is None:
+        if block.mixer.reach is None:
             return None
-        total += size - 1
+        total += block.mixer.reach - 1
     return total
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PAD_SEGMENT = -1  # any negative segment id marks padding
+
 
 class Segments(NamedTuple):
     """Segments of a batch whose pads, if any, stand at the right of each row.

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from longctx_layers import LongContextLM
+from longctx_layers import LAYERS, LongContextLM
 from longctx_layers.data.tokenizers import Tokenizer
 from longctx_layers.reports.content import visible
-from longctx_layers.reports.figures import SERIES, STYLES
+from longctx_layers.reports.figures import SERIES, style_of
 from longctx_layers.training.checkpoints import load_trained
 
 
@@ -84,15 +84,18 @@ def read(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
 def _with_labels(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Labels are the blocks if those differ; colours are the blocks' own if possible."""
     blocks = Counter(c.block for c in checkpoints)
-    own_colours = max(blocks.values()) == 1 and set(blocks) <= set(STYLES)
+    own_colours = max(blocks.values()) == 1 and set(blocks) <= set(LAYERS)
     paths = [c.path.resolve() for c in checkpoints]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     labelled: list[Checkpoint] = []
     for i, (checkpoint, path) in enumerate(zip(checkpoints, paths, strict=True)):
-        block = checkpoint.block
-        label = STYLES[block][2] if block in STYLES else block
-        if blocks[block] > 1:
+        colour, mark = SERIES[i % len(SERIES)]
+        label = checkpoint.block  # of a hybrid, the names of its layers
+        if checkpoint.block in LAYERS:
+            own_colour, own_mark, label = style_of(checkpoint.block)
+            if own_colours:
+                colour, mark = own_colour, own_mark
+        if blocks[checkpoint.block] > 1:
             label = f"{label}, {path.relative_to(root)}"
-        colour, mark = STYLES[block][:2] if own_colours else SERIES[i % len(SERIES)]
         labelled.append(replace(checkpoint, label=visible(label), colour=colour, mark=mark))
     return labelled

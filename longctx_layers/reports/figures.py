@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from longctx_layers.layers import LAYERS
+
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a file's name is a $
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -28,15 +30,6 @@ PALETTE = (BLACK, ORANGE, SKY_BLUE, GREEN, YELLOW, BLUE, VERMILION, PURPLE)
 GREY = "#555555"  # for lines and words that are no data
 HEAT = "viridis"
 
-# Colour, marker and label of each block; the markers tell them apart in grey too.
-STYLES = {
-    "vanilla": (BLACK, "s", "vanilla (full attention)"),
-    "dpassm": (BLUE, "o", "DPASSM"),
-    "blade": (GREEN, "^", "BLADE"),
-    "baseline_longformer": (PURPLE, "D", "Longformer"),
-    "baseline_bigbird": (ORANGE, "v", "BigBird"),
-    "window": (VERMILION, "X", "window alone"),
-}
 # For lines that stand for no block, the most distinguishable first.
 SERIES = (
     (BLUE, "o"),
@@ -47,6 +40,17 @@ SERIES = (
     (BLACK, "s"),
     (SKY_BLUE, "P"),
 )
+
+
+def style_of(block: str) -> tuple[str, str, str]:
+    """Colour, mark and label of a layer by its name in `LAYERS`: its own, or the next free ones."""
+    layer = LAYERS[block]
+    if layer.style is not None:
+        return *layer.style, layer.label or block
+    taken = [other.style for other in LAYERS.values() if other.style is not None]
+    free = [style for style in SERIES if style not in taken] or SERIES
+    unstyled = [name for name, other in LAYERS.items() if other.style is None]
+    return *free[unstyled.index(block) % len(free)], layer.label or block
 
 
 class Line(NamedTuple):

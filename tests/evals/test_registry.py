@@ -13,7 +13,7 @@ from longctx_layers.evals import TASKS, Batch, Passkey, Task, evaluate, register
 from longctx_layers.evals.program.models import build
 from longctx_layers.evals.program.task_training import for_training
 from longctx_layers.evals.synthetic import main
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 from longctx_layers.reports import results
 from longctx_layers.reports.checkpoint import Checkpoint
 from longctx_layers.reports.sections import evaluation

@@ -19,7 +19,7 @@ from longctx_layers.evals import (
     needle_grid,
     text_vocabulary,
 )
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 
 TOLD, OTHER, ASKED, FILLER = 128, 129, 130, 131
 # Marks of several tokens, as a text's are.

@@ -10,7 +10,7 @@ from longctx_layers.evals import CopyRecall, Mqar, Passkey, evaluate
 from longctx_layers.evals.program import task_training
 from longctx_layers.evals.program.models import build
 from longctx_layers.evals.program.task_training import Recipe, episodes, train
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 
 
 def test_lengths_grow_and_then_mix():

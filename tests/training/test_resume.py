@@ -146,7 +146,7 @@ def test_loading_runs_no_code(tmp_path):
 def test_last_without_a_checkpoint_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert fit(*SMALL, "--ckpt_path=last").trainer.global_step == 2
-    assert "none under logs yet, so this run begins" in capsys.readouterr().out
+    assert "none under logs yet, so this run starts" in capsys.readouterr().out
     # A complete run ends at once.
     assert fit(*SMALL, "--ckpt_path=last").trainer.global_step == 2
 

@@ -109,13 +109,8 @@ def make_task(options: Options, loaded: Loaded) -> Task:
 
 def _chunk(model: LongContextLM) -> int:
     """The size of the model's chunks or windows."""
-    sizes = [
-        getattr(block.mixer, name)
-        for block in model.blocks
-        for name in ("chunk_size", "window_size")
-        if hasattr(block.mixer, name)
-    ]
-    return max(sizes, default=DEFAULT_CHUNK)
+    sizes = [mixer.reach for mixer in model.mixers()]
+    return max((size for size in sizes if size is not None), default=DEFAULT_CHUNK)
 
 
 def _settings(options: Options, loaded: Loaded, measurement: Measurement) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from longctx_layers.evals.program.models import MINI
 from longctx_layers.evals.scoring import doubling
 from longctx_layers.evals.tasks import TASKS, Passkey, Task
 from longctx_layers.evals.tasks.base import NEEDLE, STREAMING
+from longctx_layers.layers.registry import canonical_name
 from longctx_layers.lm.factory import SIZES
 from longctx_layers.training.options import BLOCK_FLAGS, block_options
 
@@ -146,7 +147,12 @@ def parser(description: str = "") -> Parser:
         "tokenizer",
     )
     add = program.add_argument_group("a model that is built").add_argument
-    add("--block", choices=LAYERS, help="default: dpassm; a checkpoint has its own")
+    add(
+        "--block",
+        type=canonical_name,
+        choices=LAYERS,
+        help="default: dpassm; a checkpoint has its own",
+    )
     add("--num_params", choices=(MINI, *SIZES), help="default: mini, which has 128,000")
     for name in BLOCK_FLAGS:
         add(f"--{name}", type=int)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from longctx_layers import LongContextLM, detach_state
 from longctx_layers.evals import Task
-from longctx_layers.lm.model import IGNORED_LABEL, ModelState
+from longctx_layers.lm.loss import IGNORED_LABEL
+from longctx_layers.lm.model import ModelState
 from longctx_layers.training.loop import fit
 from longctx_layers.training.optimization import parameter_groups, warmup_cosine
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from longctx_layers.evals.tasks.base import Batch, Task, register_task
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 from longctx_layers.ops.checks import expect_positive
 
 if TYPE_CHECKING:

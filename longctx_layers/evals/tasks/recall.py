@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longctx_layers.evals.tasks.base import Task, put
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 from longctx_layers.ops.checks import expect_positive
 
 if TYPE_CHECKING:
