@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _FLAG = re.compile(r"(--[\w.-]+)(.*)", re.DOTALL)
+_INVALID_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:
@@ -60,7 +61,7 @@ def closest(name: str, valid: Collection[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose flags have underscores and may be typed with hyphens.
 
-    Errors are one line, and the error about an unknown flag names the closest one.
+    Errors are one line, and those about unknown flags and values name the closest one.
     """
 
     def parse_known_args(  # type: ignore[override]
@@ -74,6 +75,8 @@ class Parser(argparse.ArgumentParser):
         """End the program with one line."""
         flags = re.findall(r"--[\w.]+", message) if "unrecognized arguments" in message else []
         hints = "".join(closest(flag, self._option_string_actions) for flag in flags)
+        if match := _INVALID_CHOICE.search(message):
+            hints += closest(match[1], re.findall(r"[^\s,']+", match[2]))
         self.exit(2, f"{self.prog}: error: {message}{hints} (--help lists all flags)\n")
 
 

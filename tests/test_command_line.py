@@ -39,3 +39,9 @@ def test_hyphens_are_accepted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["longctx"])
     flags = evaluation().parse_args(["--task", "passkey", "--seq-len=64", "--no-probe"])
     assert (flags.seq_len, flags.no_probe) == (64, True)
+
+
+def test_the_closest_value_is_named(capsys):
+    with pytest.raises(SystemExit):
+        evaluation().parse_args(["--task", "paskey"])
+    assert "did you mean 'passkey'?" in capsys.readouterr().err
