@@ -14,7 +14,7 @@ from longctx_layers.convert.cache import cache_layer, state_layer
 from longctx_layers.convert.families import attention_sites
 from longctx_layers.layers import AttentionLayer
 from longctx_layers.packing import position_ids_from_segment_ids
-from longctx_layers.transformers_calls.arguments import expect_known, given_cache
+from longctx_layers.transformers_calls.arguments import cache_argument, expect_known
 from longctx_layers.transformers_calls.documents import DOCUMENTS, call_segments
 
 # What `hand_over_segments` reads.
@@ -87,7 +87,7 @@ class ConvertedAttention(nn.Module):
         """
         name = type(self).__name__
         expect_known(name, others, _DONE)
-        held = given_cache(name, {"past_key_values": past_key_values, "cache": cache})
+        held = cache_argument(name, {"past_key_values": past_key_values, "cache": cache})
         if held is None:
             if use_cache:
                 raise ValueError(
@@ -121,7 +121,7 @@ def hand_over_segments(
     where = f"converted {type(decoder).__name__}"
     expect_known(where, kwargs, _READ | _DONE)
     documents = [name for name in DOCUMENTS if kwargs.get(name) is not None]
-    cache = given_cache(where, kwargs)
+    cache = cache_argument(where, kwargs)
     seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
     if seen and kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError(

@@ -24,7 +24,7 @@ from longctx_layers.hf.loss import LOSS_ARGUMENTS, next_token_loss
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
 from longctx_layers.lm.pretrained import MODEL_TYPE
 from longctx_layers.ops.checks import expect_shape
-from longctx_layers.transformers_calls.arguments import CACHE_NAME, expect_known, given_cache
+from longctx_layers.transformers_calls.arguments import CACHE_NAME, cache_argument, expect_known
 from longctx_layers.transformers_calls.documents import DOCUMENTS, call_segments
 from longctx_layers.transformers_calls.generation import GeneratesWithPads, refuse_right_pads
 
@@ -107,7 +107,7 @@ class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transforme
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         tokens = self._tokens(input_ids, inputs_embeds)
-        cache = self._cache(given_cache(type(self).__name__, given), use_cache)
+        cache = self._cache(cache_argument(type(self).__name__, given), use_cache)
         ids = call_segments(
             (tokens.shape[0], tokens.shape[1]),
             None if cache is None else cache.held_segment(),

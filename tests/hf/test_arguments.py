@@ -40,7 +40,7 @@ def test_unknown_names_are_refused_with_the_version(index: int) -> None:
 
 def test_the_message_names_argument_kind_and_version() -> None:
     for model in (hf_model("dpassm"), converted()):
-        with pytest.raises(TypeError, match=r"got memory \(a Tensor \[3\]\)") as error:
+        with pytest.raises(TypeError, match=r"unknown argument memory \(a Tensor \[3\]\)") as error:
             model(IDS, memory=torch.ones(3))
         assert f"transformers {transformers.__version__}" in str(error.value)
 
@@ -85,7 +85,7 @@ def test_use_cache_without_a_cache_is_refused() -> None:
     x = torch.randn(2, 3, 32)
     with pytest.raises(ValueError, match=r"expected a cache with use_cache=True, got none from"):
         layer(x, use_cache=True)
-    with pytest.raises(TypeError, match="got memory"):
+    with pytest.raises(TypeError, match="unknown argument memory"):
         layer(x, use_cache=True, memory=DynamicCache())
     layer(x, use_cache=False)
 

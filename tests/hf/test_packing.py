@@ -141,7 +141,7 @@ def test_positions_that_only_rise_are_one_document() -> None:
 
 def test_mistakes_are_named() -> None:
     model, ids = hf_model("dpassm"), torch.zeros(2, 6, dtype=torch.int64)
-    with pytest.raises(ValueError, match="expected one row of documents, .* got 2 rows"):
+    with pytest.raises(ValueError, match="expected a single packed row, .* got 2 rows"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match=r"segment_ids: expected \[B, T\] of the call"):
         model(ids, segment_ids=torch.zeros(2, 5, dtype=torch.int64))

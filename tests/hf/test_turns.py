@@ -151,7 +151,7 @@ def test_a_mask_that_contradicts_the_cache_is_refused(kind: str) -> None:
     mask[0, :2] = 0
     with torch.no_grad():
         model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache, use_cache=True)
-        for row, column, read in ((1, 4, "a token"), (0, 1, "a pad")):
+        for row, column, read in ((1, 4, "a token"), (0, 1, "padding")):
             wrong = mask.clone()
             wrong[row, column] = 1 - wrong[row, column]
             message = rf"column {column} of row {row}, which was read as {read}"
@@ -172,7 +172,7 @@ def test_a_second_turn_that_forgets_the_pads_is_refused(kind: str) -> None:
     talk = Conversation(*any_model(kind), do_sample=False)
     talk.say(3, 1)
     talk.mask[:] = 1
-    with pytest.raises(ValueError, match="which was read as a pad"):
+    with pytest.raises(ValueError, match="which was read as padding"):
         talk.turn()
 
 
@@ -209,7 +209,7 @@ def test_prompts_padded_at_the_right_are_refused(kind: str) -> None:
     ids, mask = some_ids(2, 6), torch.ones(2, 6, dtype=torch.int64)
     mask[1, 4:] = 0
     for options in ({}, {"num_beams": 2}, {"use_cache": False}):
-        with pytest.raises(ValueError, match=r"got pads in rows \[.*pad at the left"):
+        with pytest.raises(ValueError, match=r"last column of rows \[.*pad on the left"):
             model.generate(ids, attention_mask=mask, max_new_tokens=2, pad_token_id=0, **options)
 
 
