@@ -31,11 +31,11 @@ from longctx_layers.data.module import LongContextData
 from longctx_layers.evals import buckets
 from longctx_layers.files import write
 from longctx_layers.reports.figures import (
-    STYLES,
     lengths_along,
     mark_place,
     new_figure,
     png,
+    style_of,
     without_the_fall,
 )
 from longctx_layers.reports.files import add_output
@@ -180,7 +180,14 @@ def speeds(checkpoints: dict[str, Path], ids: Tensor, rounds: int = 7) -> dict[s
 
 # ---- The page
 
-BLOCKS = tuple(STYLES)
+BLOCKS = (
+    "vanilla",
+    "dpassm",
+    "blade",
+    "baseline_longformer",
+    "baseline_bigbird",
+    "window",
+)
 
 
 def draw_losses(metrics: dict[str, Any]) -> bytes:
@@ -191,7 +198,7 @@ def draw_losses(metrics: dict[str, Any]) -> bytes:
         "training loss (nats per token)",
     )
     for block, result in metrics["blocks"].items():
-        colour, mark, label = STYLES[block]
+        colour, mark, label = style_of(block)
         steps, losses = zip(*result["train_loss"], strict=True)
         axes.plot(
             steps, losses, color=colour, marker=mark, markersize=4, label=label,
@@ -210,7 +217,7 @@ def draw_positions(metrics: dict[str, Any]) -> bytes:
         "validation loss (nats per token)",
     )
     for block, result in metrics["blocks"].items():
-        colour, mark, label = STYLES[block]
+        colour, mark, label = style_of(block)
         length = max(result["validation"], key=int)
         rows = buckets(result["validation"][length]["by_position"])
         places = [math.sqrt(first * last) for first, last, _ in rows]
@@ -229,7 +236,7 @@ def draw_lengths(metrics: dict[str, Any]) -> bytes:
         "validation perplexity per token",
     )
     for block, result in metrics["blocks"].items():
-        colour, mark, label = STYLES[block]
+        colour, mark, label = style_of(block)
         short, long = (v["perplexity"] for _, v in sorted(_by_length(result)))
         speed = result["tokens_per_second"]
         axes.plot([speed, speed], [short, long], color=colour, linewidth=1)
@@ -270,7 +277,7 @@ def page(metrics: dict[str, Any]) -> str:
             )
             gain = f"{mean:.3f} ± {half:.3f}"
         rows.append(
-            f"| {STYLES[block][2]} | {r['parameters']:,} | "
+            f"| {style_of(block)[2]} | {r['parameters']:,} | "
             f"{r['validation'][str(trained)]['perplexity']:.3f} | "
             f"{r['validation'][str(long)]['perplexity']:.3f} | {gain} | "
             f"{r['tokens_per_second']:,.0f} | {r['peak_memory_gib']:.2f} |"

@@ -27,7 +27,7 @@ from longctx_layers import LongContextLM, create_model, parameter_groups
 from longctx_layers.data.byte_text import documents, split, stretch, windows
 from longctx_layers.evals import buckets
 from longctx_layers.files import write
-from longctx_layers.reports.figures import STYLES, lengths_along, mark_place, new_figure, png
+from longctx_layers.reports.figures import lengths_along, mark_place, new_figure, png, style_of
 from longctx_layers.reports.files import add_output
 
 MODELS = {
@@ -128,7 +128,7 @@ def paired(first: Tensor, second: Tensor) -> dict[str, float]:
 
 # ---- The page
 
-COLOURS = {name: STYLES[name][0] for name in ("dpassm", "window")}
+COLOURS = {name: style_of(name)[0] for name in ("dpassm", "window")}
 LABELS = {"dpassm": "DPASSM (window and state)", "window": "window alone"}
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from longctx_layers import LAYERS, LongContextLM, create_model
 from longctx_layers.files import write
+from longctx_layers.layers.registry import canonical_name
 from longctx_layers.lm.factory import SIZES
 from longctx_layers.reports.files import add_output
 
@@ -46,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--piece", type=int, default=4096, help="tokens in a call")
     parser.add_argument("--decode", type=int, default=100, help="tokens to decode, at both places")
     parser.add_argument("--size", choices=SIZES, default="150m")
-    parser.add_argument("--block", choices=LAYERS, default="dpassm")
+    parser.add_argument("--block", type=canonical_name, choices=LAYERS, default="dpassm")
     parser.add_argument("--checkpoint", type=Path, help="a folder of save_pretrained")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and state")
     parser.add_argument("--text", type=Path, help="file whose bytes are the tokens, over and over")

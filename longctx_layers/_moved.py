@@ -22,6 +22,7 @@ MOVED = {
     "varlen": "packing",
     "calls": "transformers_calls.documents",
     "evals.prefill": "evals.probing",
+    "layers.ssm": "layers.state_space",
     "ops.blocked_attention": "ops.attention.blocked",
     "ops.dispatch": "ops.backends",
     "ops.far": "ops.attention.far",

@@ -1,6 +1,6 @@
 """Milliseconds of operations and layers on a GPU, beside what people would otherwise use.
 
-    python -m benchmarks.speed.gpu_table [--lengths 2048 8192 32768] [--publish]
+    python -m benchmarks.speed.gpu_table [--lengths 2048 8192] [--groups window ssd] [--publish]
 
 Medians of rounds in which all contenders take turns, in one process, timed by the GPU's own events.
 Peers: torch's SDPA and FlexAttention, flash-attn, mamba-ssm and fla, where they are installed; each
@@ -29,16 +29,19 @@ from longctx_layers.reports.files import add_output
 
 Call = Callable[[], Tensor]
 Group = tuple[str, dict[str, Callable[[], Call]]]  # a title, and contenders by name
+GROUPS = ("full", "window", "ssd", "layers")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cpu only to try the program")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--tokens", type=int, default=32768, help="of a batch, at least")
     parser.add_argument("--n-heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--states", type=int, default=64, help="N of the state space")
     parser.add_argument("--rounds", type=int, default=20)
     add_output(parser, "--output", "gpu")
     return parser.parse_args()
@@ -81,7 +84,7 @@ def attention(make: Inputs, window: int | None) -> dict[str, Callable[[], Call]]
 
 
 def state_space(make: Inputs) -> dict[str, Callable[[], Call]]:
-    heads, states = make.args.n_heads, 64
+    heads, states = make.args.n_heads, make.args.states
     x, B, C = make(heads, make.args.head_dim), make(states), make(states)
     dt = torch.rand_like(make(heads, dtype=torch.float32)).requires_grad_()
     A = -torch.rand(heads, device=x.device)
@@ -131,14 +134,23 @@ def layers(make: Inputs) -> dict[str, Callable[[], Call]]:
     return {f"{n}, {b}": contender(n, b) for n in LAYERS for b in ("triton", "torch")}
 
 
+def group(name: str, make: Inputs, args: argparse.Namespace) -> Group:
+    """One of GROUPS."""
+    of = f"{make.batch} x {make.length}"
+    if name == "full":
+        return f"full attention, {of}", attention(make, None)
+    if name == "window":
+        return f"window attention, {of}", attention(make, args.window)
+    if name == "ssd":
+        return f"state space (SSD), N {args.states}, {of}", state_space(make)
+    return f"layers, {of}", layers(make)
+
+
 def groups(args: argparse.Namespace) -> Iterator[Group]:
     for length in args.lengths:
         make = Inputs(args, length)
-        of = f"{make.batch} x {length}"
-        yield f"full attention, {of}", attention(make, None)
-        yield f"window attention, {of}", attention(make, args.window)
-        yield f"state space (SSD), {of}", state_space(make)
-        yield f"layers, {of}", layers(make)
+        for name in args.groups:
+            yield group(name, make, args)
 
 
 def timed(call: Callable[[], Any], device: str) -> float:
@@ -217,14 +229,15 @@ def main() -> None:
     args = parse()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU that torch can use: nothing was measured")
+    args.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for group in groups(args):
-        for row in measure(group, args):
+    for contenders in groups(args):
+        for row in measure(contenders, args):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.output / "table.md").write_text(table(rows, args))
+        # After each group: whatever ends the program later, these were measured.
+        (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (args.output / "table.md").write_text(table(rows, args))
     print(table(rows, args) + f"\nWritten to {args.output}/")
 
 

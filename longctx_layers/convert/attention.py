@@ -56,7 +56,7 @@ class ConvertedAttention(nn.Module):
         layer_idx: its place in the model and in the cache.
     """
 
-    def __init__(self, layer: AttentionLayer, layer_idx: int) -> None:
+    def __init__(self, layer: AttentionLayer[Any], layer_idx: int) -> None:
         super().__init__()
         self.layer = layer
         self.layer_idx = layer_idx

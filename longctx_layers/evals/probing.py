@@ -42,10 +42,9 @@ def reach(model: LongContextLM) -> int | None:
     """
     total = 0
     for block in cast("list[Block]", list(model.blocks)):
-        size = getattr(block.mixer, "window_size", getattr(block.mixer, "chunk_size", None))
-        if size is None:
+        if block.mixer.reach is None:
             return None
-        total += size - 1
+        total += block.mixer.reach - 1
     return total
 
 

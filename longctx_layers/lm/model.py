@@ -20,7 +20,7 @@ from longctx_layers.layers.parameters import (
     is_activation_dtype,
     weight_of,
 )
-from longctx_layers.layers.pieces import works_by_token
+from longctx_layers.layers.plain_modules import works_by_token
 from longctx_layers.lm import generation, pretrained
 from longctx_layers.lm.block import Block
 from longctx_layers.lm.config import ModelConfig
@@ -119,11 +119,13 @@ class LongContextLM(nn.Module):
 
     def _into_residual(self) -> list[nn.Linear]:
         """The projections whose outputs are summed in the residual stream."""
-        return [
-            linear
-            for block in self._blocks()
-            for linear in (block.mixer.o_proj, block.ffn.down_proj)
-        ]
+        projections: list[nn.Linear] = []
+        for block in self._blocks():
+            name = block.mixer.output_projection
+            if name is not None:
+                projections.append(getattr(block.mixer, name))
+            projections.append(block.ffn.down_proj)
+        return projections
 
     @property
     def vocab_size(self) -> int:

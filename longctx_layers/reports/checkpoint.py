@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from longctx_layers import LongContextLM
+from longctx_layers import LAYERS, LongContextLM
 from longctx_layers.data.tokenizers import Tokenizer, load_tokenizer
 from longctx_layers.reports.content import visible
-from longctx_layers.reports.figures import SERIES, STYLES
+from longctx_layers.reports.figures import SERIES, style_of
 from longctx_layers.training.checkpoints import (
     FOLDER,
     model_of,
@@ -140,11 +140,18 @@ def _unpacked(files: Mapping[str, bytes]) -> Tokenizer:
 def _tell_apart(checkpoints: Sequence[Checkpoint]) -> None:
     """Give labels, by block where that is enough, and colours: a block's own, or in turn."""
     blocks = Counter(one.block for one in checkpoints)
-    alone = max(blocks.values()) == 1 and set(blocks) <= set(STYLES)
+    alone = max(blocks.values()) == 1 and set(blocks) <= set(LAYERS)
     paths = [one.path.resolve() for one in checkpoints]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     for i, (one, path) in enumerate(zip(checkpoints, paths, strict=True)):
-        name = STYLES[one.block][2] if one.block in STYLES else one.block
+        colour, mark = SERIES[i % len(SERIES)]
+        name = one.block  # of a hybrid, those of its layers
+        if one.block in LAYERS:
+            own_colour, own_mark, name = style_of(one.block)
+            if alone:
+                colour = own_colour
+                mark = own_mark
         one.label = name if blocks[one.block] == 1 else f"{name}, {path.relative_to(root)}"
         one.label = visible(one.label)
-        one.colour, one.mark = STYLES[one.block][:2] if alone else SERIES[i % len(SERIES)]
+        one.colour = colour
+        one.mark = mark

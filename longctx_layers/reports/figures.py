@@ -10,24 +10,34 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from longctx_layers.layers import LAYERS
+
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a file's name is a $
 
-# Okabe and Ito's palette, with a mark for each: told apart by colour-blind readers, and in grey.
-STYLES = {
-    "vanilla": ("#000000", "s", "vanilla (full attention)"),
-    "dpassm": ("#0072B2", "o", "DPASSM"),
-    "blade": ("#009E73", "^", "BLADE"),
-    "baseline_longformer": ("#CC79A7", "D", "Longformer"),
-    "baseline_bigbird": ("#E69F00", "v", "BigBird"),
-    "window": ("#D55E00", "X", "window alone"),
-}
-# For lines that are no blocks, in the order in which they are best told apart.
+# Okabe and Ito's palette, with a mark for each colour, so that lines also differ in grey. In the
+# order in which lines are best told apart.
 SERIES = [
-    ("#0072B2", "o"), ("#D55E00", "X"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
-    ("#000000", "s"), ("#56B4E9", "P"),
-]  # fmt: skip
+    ("#0072B2", "o"),
+    ("#D55E00", "X"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#000000", "s"),
+    ("#56B4E9", "P"),
+]
 GREY = "#555555"
 HEAT = "viridis"
+
+
+def style_of(block: str) -> tuple[str, str, str]:
+    """Colour, mark and label of a layer by its name in `LAYERS`: its own, or the next free ones."""
+    layer = LAYERS[block]
+    if layer.style is not None:
+        return *layer.style, layer.label or block
+    taken = [other.style for other in LAYERS.values() if other.style is not None]
+    free = [style for style in SERIES if style not in taken] or SERIES
+    unstyled = [name for name, other in LAYERS.items() if other.style is None]
+    return *free[unstyled.index(block) % len(free)], layer.label or block
 
 
 def new_figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Any]:

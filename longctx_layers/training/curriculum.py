@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from longctx_layers import LongContextLM
 
@@ -56,14 +56,9 @@ class WindowCurriculum:
     def __init__(self, model: LongContextLM, schedule: Mapping[int, int]) -> None:
         self.schedule = schedule
         self.now: int | None = None
-        self.layers: list[tuple[nn.Module, str, float]] = []
-        for block in model.blocks:
-            name = "window_size" if hasattr(block.mixer, "window_size") else "chunk_size"
-            if hasattr(block.mixer, name):
-                full = getattr(block.mixer, name)
-                shift = getattr(block.mixer, "chunk_shift", 0) / full
-                self.layers.append((block.mixer, name, shift))
-        sizes = {getattr(mixer, name) for mixer, name, _ in self.layers}
+        mixers = [block.mixer for block in model.blocks]
+        self.layers = [mixer for mixer in mixers if mixer.reach is not None]
+        sizes = {mixer.reach for mixer in self.layers}
         last = schedule[max(schedule)]
         if sizes != {last}:
             raise ValueError(
@@ -80,8 +75,6 @@ class WindowCurriculum:
     def resize(self, size: int) -> bool:
         """Set a size, and return True."""
         self.now = size
-        for mixer, name, shift in self.layers:
-            setattr(mixer, name, size)
-            if name == "chunk_size":
-                mixer.chunk_shift = int(shift * size)  # type: ignore[assignment]
+        for mixer in self.layers:
+            mixer.set_reach(size)
         return True

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from longctx_layers import BLADE, DPASSM, BigBird, LongContextLM
-from longctx_layers.layers import AttentionLayer
+from longctx_layers import LongContextLM
 
 BACKWARD = 2  # a backward pass costs twice its forward pass
 
@@ -24,43 +23,12 @@ def forward_flops(model: LongContextLM, length: int) -> float:
     """Operations a token of one forward pass, averaged over sequences of `length` tokens."""
     linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     head = 0 if model.head is not None else 2 * model.embedding.weight.numel()
-    return linears + head + sum(mixer_flops(block.mixer, length) for block in model.blocks)
+    return linears + head + sum(block.mixer.flops_per_token(length) for block in model.blocks)
 
 
 def training_flops(model: LongContextLM, length: int) -> float:
     """Operations a token of one forward and one backward pass; recomputation does not count."""
     return (1 + BACKWARD) * forward_flops(model, length)
-
-
-def mixer_flops(mixer: AttentionLayer, length: int) -> float:
-    """Operations a token of a layer beside its projections."""
-    inner = mixer.n_heads * mixer.head_dim
-    flops = 4 * inner * keys_per_query(mixer, length)
-    if isinstance(mixer, DPASSM) and mixer.ssm == "selective":
-        flops += state_flops(inner, mixer.ssm_state_dim)
-    elif isinstance(mixer, DPASSM) and mixer.ssm == "diagonal":
-        flops += 3 * mixer.ssm_state_dim
-    elif isinstance(mixer, BLADE) and mixer.state_update == "associative":
-        flops += state_flops(inner, mixer.state_dim)
-    return flops
-
-
-def state_flops(inner: int, state_dim: int) -> float:
-    """Operations a token of a selective state space with its convolution of width 4."""
-    return 5 * inner * state_dim + 8 * (inner + 2 * state_dim)
-
-
-def keys_per_query(mixer: AttentionLayer, length: int) -> float:
-    """How many keys a query sees on average, in a sequence of `length` tokens."""
-    if isinstance(mixer, BLADE):
-        size = min(mixer.chunk_size, length)
-        return (size + 1) / 2 + mixer.n_memory_tokens
-    near = min(getattr(mixer, "window_size", length), length)
-    mean = near - near * (near - 1) / (2 * length)
-    far = getattr(mixer, "n_global_tokens", 0) * (length - near) / length
-    if isinstance(mixer, BigBird):  # drawn for blocks of 64 queries, of which the first has none
-        far += mixer.n_random_tokens * max(0, length - 64) / length
-    return mean + far
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

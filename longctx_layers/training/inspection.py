@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longctx_layers import LongContextLM, ModelConfig
-from longctx_layers.layers.ssm import DiagonalSSM, SelectiveProjection
-from longctx_layers.training.optimization import path_gates
 
 
 @contextmanager
@@ -40,34 +37,19 @@ def memory_statistics(
         1 / e, the geometric mean over heads; `longest_time_scale/layer_00`: of the slowest head.
     """
     found: dict[str, Tensor] = {}
-    hooks: list[tuple[nn.Module, Any]] = []
 
-    def on_gate(layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, z: Tensor) -> None:
-            found[f"gate/layer_{layer:02d}"] = torch.sigmoid(z.float()).mean()
-
-        return hook
-
-    def on_scale(layer: int, space: SelectiveProjection | DiagonalSSM) -> Any:
+    def record(layer: int, statistics: Callable[[Tensor], dict[str, Tensor]]) -> Any:
         # Read in the pass itself: there a sharded model's parameters are whole.
-        def hook(_: nn.Module, __: Any, z: Tensor) -> None:
-            if isinstance(space, SelectiveProjection):
-                dt = F.softplus(z.float() + space.dt_bias.float()).flatten(0, -2).mean(0)
-                log_scale = -(space.A_log.float() + dt.log())
-            else:
-                log_scale = -space.log_rate.float()
-            found[f"time_scale/layer_{layer:02d}"] = log_scale.mean().exp()
-            found[f"longest_time_scale/layer_{layer:02d}"] = log_scale.max().exp()
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            for name, value in statistics(output).items():
+                found[f"{name}/layer_{layer:02d}"] = value
 
         return hook
 
-    for i, gate in path_gates(model).items():
-        hooks.append((gate, on_gate(i)))
+    hooks: list[tuple[nn.Module, Any]] = []
     for i, block in enumerate(model.blocks):
-        space = getattr(block.mixer, "state_space", None)
-        if space is not None:
-            watched = space.dt_proj if isinstance(space, SelectiveProjection) else space.B_proj
-            hooks.append((watched, on_scale(i, space)))
+        for probe in block.mixer.probes():
+            hooks.append((probe.module, record(i, probe.statistics)))
     if hooks:
         training = model.training
         model.eval()

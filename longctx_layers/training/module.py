@@ -12,6 +12,7 @@ from torch import Tensor
 from longctx_layers import LongContextLM, create_model, detach_state, state_to
 from longctx_layers.data.errors import DataError
 from longctx_layers.data.trainer_flags import check_end
+from longctx_layers.layers.registry import canonical_name
 from longctx_layers.lm.model import IGNORED_LABEL
 from longctx_layers.training import optimization
 from longctx_layers.training.checkpoints import gather_ranks, packed_tokenizer
@@ -100,7 +101,7 @@ class LanguageModel(L.LightningModule):
         self.save_hyperparameters()
         if block is not None and pattern is not None:
             raise ValueError("block, pattern: expected one of them, got both; leave one out")
-        self.names = tuple(pattern or [block or "dpassm"])
+        self.names = tuple(canonical_name(name) for name in pattern or [block or "dpassm"])
         self.block_kwargs = block_options(self.names, self.hparams, block_kwargs)
         check_blocks(num_params, self.block_kwargs)
         optimization.optimizer_class(optimizer)

@@ -61,7 +61,7 @@ def parameter_groups(
 
 def path_gates(model: LongContextLM) -> dict[int, nn.Linear]:
     """The projections that weigh a layer's two paths, by the layer's index."""
-    gates = {i: getattr(block.mixer, "gate_proj", None) for i, block in enumerate(model.blocks)}
+    gates = {i: block.mixer.path_gate for i, block in enumerate(model.blocks)}
     return {i: gate for i, gate in gates.items() if gate is not None}
 
 

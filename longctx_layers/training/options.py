@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longctx_layers import LAYERS, build_layer
-from longctx_layers.layers import layer_options
+from longctx_layers import build_layer
+from longctx_layers.layers import layer_name, layer_options
 from longctx_layers.lm.factory import SIZES
 
 BLOCK_FLAGS = (
@@ -29,7 +29,7 @@ def block_options(
         ValueError: for an unknown block, or an option that no block of the pattern has.
     """
     for name in names:
-        one_of("block", name, LAYERS)
+        layer_name(name)
     given = {option: flags[option] for option in BLOCK_FLAGS if flags[option] is not None}
     further = dict(block_kwargs or {})
     if not set(further) <= set(names):

@@ -209,13 +209,8 @@ def _settings(args: argparse.Namespace, loaded: Loaded, task: Task | None, text:
 
 def _chunk(model: LongContextLM) -> int:
     """The model's chunk, or window; 128 for one that has neither."""
-    sizes = [
-        getattr(block.mixer, name)
-        for block in model.blocks
-        for name in ("chunk_size", "window_size")
-        if hasattr(block.mixer, name)
-    ]
-    return max(sizes, default=128)
+    sizes = [block.mixer.reach for block in model.blocks]
+    return max((size for size in sizes if size is not None), default=128)
 
 
 def folder_name(path: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from longctx_layers import LAYERS
 from longctx_layers.evals import TASKS, Passkey, Task, Vocabulary
 from longctx_layers.evals.program.models import MINI
+from longctx_layers.layers.registry import canonical_name
 from longctx_layers.lm.factory import SIZES
 from longctx_layers.training.options import BLOCK_FLAGS, block_options
 
@@ -45,7 +46,12 @@ def parser(description: str) -> argparse.ArgumentParser:
         metavar="PATH", help="a checkpoint of examples/train.py or a save_pretrained folder; its "
         "configuration and tokenizer come with it")  # fmt: skip
     add = made.add_argument_group("the model: built").add_argument
-    add("--block", choices=LAYERS, help="dpassm by default; a checkpoint has its own")
+    add(
+        "--block",
+        type=canonical_name,
+        choices=LAYERS,
+        help="dpassm by default; a checkpoint has its own",
+    )
     add("--num_params", choices=(MINI, *SIZES), help="mini (128 k, the default) or a named size")
     for name in BLOCK_FLAGS:
         add(f"--{name}", type=int)
