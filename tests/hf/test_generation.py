@@ -215,7 +215,7 @@ def test_a_compiled_step_serves_the_whole_generation(name: str) -> None:
 
 @pytest.mark.parametrize("name", GROWING_STATE)
 def test_no_static_cache_where_the_state_grows(name: str) -> None:
-    with pytest.raises(ValueError, match=r"'static' where the state is constant.*grows"):
+    with pytest.raises(ValueError, match=r"'static' for a model whose state has a constant.*grows"):
         hf_model(name).generate(some_ids(1, 3), cache_implementation="static", **GREEDY)
 
 
@@ -431,7 +431,7 @@ def test_mistakes_are_named() -> None:
         model.generate(ids, cache_implementation="offloaded", **GREEDY)
     with pytest.raises(TypeError, match="expected a LongCtxCache, got a DynamicCache"):
         model.generate(ids, past_key_values=transformers.DynamicCache(), **GREEDY)
-    with pytest.raises(ValueError, match=r"one prompt a row, got segment_ids \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"one prompt per row, got segment_ids \[2, 5\]"):
         model.generate(ids, segment_ids=torch.zeros(2, 5, dtype=torch.int64), **GREEDY)
     cache = model(ids).past_key_values
     with pytest.raises(ValueError, match=r"at most the 0 tokens.*activate_past_recording"):
