@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.lm.generation import PAD_SEGMENT
 from longctx_layers.ops.checks import expect_count, expect_shape
+from longctx_layers.ops.segments import PAD_SEGMENT
 
 
 class CuSeqlens(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.lm.generation import PAD_SEGMENT
 from longctx_layers.ops.checks import expect_shape
+from longctx_layers.ops.segments import PAD_SEGMENT
 from longctx_layers.packing import (
     expect_zeros_and_ones,
     is_binary,

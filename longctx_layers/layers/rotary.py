@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from longctx_layers.ops import cpu_support
 from longctx_layers.ops.checks import expect_number
+from longctx_layers.ops.operation import transformed
 
 _LONGEST_KEPT = 4096  # rows: a table of a megabyte
 
@@ -70,7 +70,9 @@ def rotary_table(
     """
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     precise = torch.promote_types(like.dtype, torch.float32)
-    plain = type(like) in (Tensor, nn.Parameter) and cpu_support.refuse(like) is None
+    plain = type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
+    if torch.compiler.is_compiling() or transformed():
+        plain = False
     compute = _kept if plain and length <= _LONGEST_KEPT else _compute
     return compute(length, dim, base, scaling, like.device, wide, precise)
 

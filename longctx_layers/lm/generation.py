@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from longctx_layers.layers.parameters import device_of
 from longctx_layers.ops.checks import expect_count, expect_number, expect_positive
-from longctx_layers.ops.state_space.diagonal import running_sum
+from longctx_layers.ops.segments import PAD_SEGMENT as PAD_SEGMENT  # also importable from here
+from longctx_layers.ops.state_space.tiles import running_sum
 
 if TYPE_CHECKING:
     from longctx_layers.lm.model import LongContextLM
-
-PAD_SEGMENT = -1
 
 
 # Not inference_mode: its tensors could not be embedded again in training.
