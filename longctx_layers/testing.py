@@ -19,7 +19,8 @@ from longctx_layers.layers import (
 )
 from longctx_layers.lm.config import ModelConfig
 from longctx_layers.lm.model import LongContextLM
-from longctx_layers.self_check import error_budget, max_error
+from longctx_layers.numerics import error_budget as error_budget
+from longctx_layers.numerics import max_error as max_error
 
 # Every layer of the registry with each of its options, small enough for a property test.
 LAYER_CASES: dict[str, tuple[str, dict[str, Any]]] = {

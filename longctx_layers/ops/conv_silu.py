@@ -11,7 +11,19 @@ from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
 from longctx_layers.ops.operation import Operation
 from longctx_layers.ops.segments import Segments
 
-_operation = Operation("conv_silu")
+_operation = Operation(
+    "conv_silu",
+    examples={
+        "": lambda draw: {"x": draw(2, draw.length, 96), "weight": draw(96, 4)},
+        "packed": lambda draw: {
+            "x": draw(2, draw.length, 96),
+            "weight": draw(96, 4),
+            "before": draw(2, 3, 96),
+            "segments": draw.segments(),
+        },
+    },
+    precise=("weight",),
+)
 
 
 def conv_silu(

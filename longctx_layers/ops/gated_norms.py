@@ -15,7 +15,18 @@ from longctx_layers.ops.operation import Operation
 
 EPS = 1e-5
 
-_operation = Operation("gated_norms")
+_PATHS = ("z", "o", "s")
+_SCALES = ("weight_o", "weight_s")
+_operation = Operation(
+    "gated_norms",
+    examples={
+        "": lambda draw: {
+            **{name: draw(2, draw.length, 4, 64) for name in _PATHS},
+            **{name: draw(4, 64) for name in _SCALES},
+        }
+    },
+    precise=_SCALES,
+)
 
 
 def head_norm(x: Tensor, weight: Tensor) -> Tensor:

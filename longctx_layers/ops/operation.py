@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from longctx_layers.ops.checks import closest
+from longctx_layers.ops.examples import Examples
 from longctx_layers.ops.second_order import twice_differentiable
 
 ENVIRONMENT_VARIABLE = "LONGCTX_BACKEND"
@@ -23,12 +24,14 @@ class Kind(NamedTuple):
 
     Attributes:
         devices: the types of devices that it runs on; None for any.
+        needs: `devices` in words.
         composed: whether it is made of torch operations alone. Then it also runs on empty tensors,
             and autograd differentiates it in forward mode and any number of times.
         eager: whether it takes only plain tensors outside of compilers and torch.func.
     """
 
     devices: tuple[str, ...] | None = None
+    needs: str = ""
     composed: bool = False
     eager: bool = False
 
@@ -36,16 +39,15 @@ class Kind(NamedTuple):
 # In order of preference. Backends of third parties take their place in one operation's order, and
 # are of the default kind.
 KINDS = {
-    "triton": Kind(devices=("cuda",)),
-    "flash": Kind(devices=("cuda",), eager=True),
-    "flex": Kind(devices=("cuda", "cpu"), eager=True),
-    "cpu": Kind(devices=("cpu",), eager=True),
+    "triton": Kind(devices=("cuda",), needs="a GPU"),
+    "flash": Kind(devices=("cuda",), needs="a GPU", eager=True),
+    "flex": Kind(devices=("cuda", "cpu"), needs="a GPU or a CPU", eager=True),
+    "cpu": Kind(devices=("cpu",), needs="a CPU", eager=True),
     "torch": Kind(composed=True),
     "reference": Kind(composed=True),
 }
 BACKENDS = tuple(KINDS)
 _THIRD_PARTY = Kind()
-_DEVICE_NAMES = {"cuda": "a GPU", "cpu": "a CPU"}
 
 
 class RefusedError(ValueError):
@@ -118,12 +120,27 @@ record: list[Choice] | None = None
 class Operation:
     """A named operation with its backends in their order of preference.
 
+    Args:
+        name: that of the function in `longctx_layers.ops`.
+        examples: calls with which `longctx_layers.selfcheck` compares the backends.
+        precise: arguments that are in float32 at least, whatever the dtype of the others.
+        token_dim: the dimension of the first output that counts tokens.
+
     Attributes:
         backends: by name; None where the operation has no such backend.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        examples: Examples | None = None,
+        precise: tuple[str, ...] = (),
+        token_dim: int = 1,
+    ) -> None:
         self.name = name
+        self.examples = {} if examples is None else examples
+        self.precise = precise
+        self.token_dim = token_dim
         self.backends: dict[str, Backend | None] = dict.fromkeys(BACKENDS)
         OPERATIONS[name] = self
 
@@ -213,8 +230,7 @@ class Operation:
             elif eager_obstacle is not None and kind.eager:
                 reason = eager_obstacle
             elif kind.devices is not None and x.device.type not in kind.devices:
-                devices = " or ".join([_DEVICE_NAMES[device] for device in kind.devices])
-                reason = f"needs {devices}, got a tensor on {x.device.type!r}"
+                reason = f"needs {kind.needs}, got a tensor on {x.device.type!r}"
             elif backend.refuse is not None:
                 reason = backend.refuse(*args, **kwargs)
             if reason is None and not asked_for:

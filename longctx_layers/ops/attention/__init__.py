@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,41 @@ from longctx_layers.ops.attention import blocked, cpu, flash, flex
 from longctx_layers.ops.attention.far import FarKeys
 from longctx_layers.ops.attention.pattern import Pattern
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_positive, expect_shape
+from longctx_layers.ops.examples import Draw
 from longctx_layers.ops.operation import Operation
 from longctx_layers.ops.segments import Segments
 
-_operation = Operation("sparse_attention")
+
+def _example(
+    draw: Draw, prefix: int = 0, n_far_keys: int = 0, packed: bool = False, **sizes: int
+) -> dict[str, Any]:
+    length = draw.length
+    arguments: dict[str, Any] = {"q": draw(2, 4, length, 64), **sizes}
+    arguments["k"] = draw(2, 2, prefix + length, 64)
+    arguments["v"] = draw(2, 2, prefix + length, 64)
+    if packed:
+        arguments["segments"] = draw.segments()
+    if n_far_keys:
+        lists = -(-length // 64)
+        mask = draw(2, 1, length, n_far_keys) > 0
+        k = draw(2, 2, lists, n_far_keys, 64)
+        v = draw(2, 2, lists, n_far_keys, 64)
+        arguments["far"] = FarKeys(draw(2, 4, length, 64), k, v, mask, block=64)
+    return arguments
+
+
+_operation = Operation(
+    "sparse_attention",
+    examples={
+        "full": _example,
+        "window, prefix": partial(_example, prefix=40, window_size=40),
+        "window, packed": partial(_example, packed=True, window_size=40),
+        "window, far keys": partial(_example, n_far_keys=3, window_size=40),
+        "chunks": partial(_example, chunk_size=32),
+        "one token": lambda draw: _example(Draw(1), prefix=8 * draw.length),
+    },
+    token_dim=2,
+)
 
 
 def sparse_attention(

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.ops import reference
 from longctx_layers.ops.checks import expect_positive
+from longctx_layers.ops.examples import Draw
 from longctx_layers.ops.operation import Operation
 from longctx_layers.ops.segments import Segments, chunk_start, clip_tile
 from longctx_layers.ops.state_space import cpu
-from longctx_layers.ops.state_space.ssd import check_inputs, refuse_triton
+from longctx_layers.ops.state_space.ssd import check_inputs, example, refuse_triton
 from longctx_layers.ops.state_space.tiles import TILE, SSDInputs, Tiles, Writes, read, running_sum
 
-_operation = Operation("block_ssd")
+_operation = Operation(
+    "block_ssd",
+    examples={
+        "": partial(example, chunk_size=32),
+        "packed": partial(example, packed=True, states=2, chunk_size=32, chunk_shift=5),
+        "one token": lambda _: example(Draw(1), packed=True, states=2, chunk_size=32),
+    },
+    precise=("dt", "A", "initial_state"),
+)
 
 
 def block_ssd(

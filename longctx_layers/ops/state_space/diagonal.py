@@ -18,7 +18,19 @@ from longctx_layers.ops.state_space.tiles import (
     tile_starts,
 )
 
-_operation = Operation("diagonal_scan")
+_operation = Operation(
+    "diagonal_scan",
+    examples={
+        "": lambda draw: {"u": draw(2, draw.length, 96), "log_decay": -draw(96).abs() / 8},
+        "packed": lambda draw: {
+            "u": draw(2, draw.length, 96),
+            "log_decay": -draw(2, draw.length, 96).abs() / 8,
+            "initial_state": draw(2, 96),
+            "segments": draw.segments(),
+        },
+    },
+    precise=("log_decay", "initial_state"),
+)
 
 
 def diagonal_scan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from longctx_layers.ops import availability, reference
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
+from longctx_layers.ops.examples import Draw
 from longctx_layers.ops.operation import Operation
 from longctx_layers.ops.segments import Segments, clip_tile
 from longctx_layers.ops.state_space import cpu
@@ -16,7 +18,34 @@ from longctx_layers.ops.state_space.tiles import TILE, SSDInputs, Tiles, Writes,
 
 LARGEST = 256  # P and N of a state that Triton's kernels hold
 
-_operation = Operation("ssd")
+
+def example(draw: Draw, packed: bool = False, states: int = 1, **options: int) -> dict[str, Any]:
+    """Arguments of `ssd`, or with two states of `block_ssd`, for self-checks."""
+    length = draw.length
+    arguments: dict[str, Any] = {
+        "dt": draw(2, length, 4).abs() / 8,
+        "x": draw(2, length, 4, 64),
+        "A": -draw(4).abs(),
+        "B": draw(2, length, 32),
+        "C": draw(2, length, 32),
+        **options,
+    }
+    if packed:
+        initial = tuple(draw(2, 4, 64, 32) for _ in range(states))
+        arguments["initial_state"] = initial if states > 1 else initial[0]
+        arguments["segments"] = draw.segments()
+    return arguments
+
+
+_operation = Operation(
+    "ssd",
+    examples={
+        "": example,
+        "packed": partial(example, packed=True),
+        "one token": lambda _: example(Draw(1), packed=True),
+    },
+    precise=("dt", "A", "initial_state"),
+)
 
 
 def ssd(
