@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 _FLAG = re.compile(r"(--[\w.-]+)(.*)", re.DOTALL)
@@ -26,6 +27,25 @@ def underscored(arguments: Sequence[str]) -> list[str]:
             argument = "--" + name[2:].replace("-", "_") + rest
         result.append(argument)
     return result
+
+
+def program_name(module: str, command: str) -> str:
+    """How this process was started, for usage texts and errors.
+
+    Args:
+        module: the program's module, which `python -m` runs.
+        command: the program's name as a command of `longctx`.
+
+    Returns:
+        `longctx COMMAND`, `python -m MODULE`, or `python SCRIPT`.
+    """
+    script = sys.argv[0]
+    if Path(script).stem == "longctx":
+        return f"longctx {command}"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.removesuffix(".__main__") == module:
+        return f"python -m {module}"
+    return f"python {script}"
 
 
 def closest(name: str, valid: Collection[str]) -> str:
@@ -52,3 +72,22 @@ class Parser(argparse.ArgumentParser):
         flags = re.findall(r"--[\w.]+", message) if "unrecognized arguments" in message else []
         hints = "".join(closest(flag, self._option_string_actions) for flag in flags)
         self.exit(2, f"{self.prog}: error: {message}{hints} (--help lists all flags)\n")
+
+
+def add_output(parser: argparse.ArgumentParser, flag: str, name: str) -> None:
+    """Add a flag for where a program writes, and `--publish` to replace the committed page.
+
+    The default is `runs/NAME`, and `--publish` means `reports/NAME`.
+    Git ignores `runs/` and tracks `reports/`, so that no run changes a committed page by accident.
+    """
+    dest = flag.strip("-").replace("-", "_")
+    ignored = Path("runs", name)
+    tracked = Path("reports", name)
+    parser.add_argument(flag, dest=dest, type=Path, default=ignored, help=f"default: {ignored}")
+    parser.add_argument(
+        "--publish",
+        dest=dest,
+        action="store_const",
+        const=tracked,
+        help=f"the same as {flag} {tracked}: replace the committed page",
+    )

@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longctx_layers.layers import (
-    AttentionLayer,
-    Projection,
-    RopeScaling,
+    LAYERS,
+    Layer,
     build_layer,
     layer_options,
 )
@@ -22,58 +21,20 @@ from longctx_layers.lm.model import LongContextLM
 from longctx_layers.numerics import error_budget as error_budget
 from longctx_layers.numerics import max_error as max_error
 
-# Every layer of the registry with each of its options, small enough for a property test.
-LAYER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "vanilla": ("vanilla", {}),
-    "vanilla-no-rope": ("vanilla", {"rope_base": None}),
-    "window": ("window", {"window_size": 5}),
-    "window-1": ("window", {"window_size": 1}),
-    "dpassm": ("dpassm", {"window_size": 5, "ssm_state_dim": 3}),
-    "dpassm-diagonal": ("dpassm", {"window_size": 5, "ssm_state_dim": 3, "ssm": "diagonal"}),
-    "dpassm-none": ("dpassm", {"window_size": 4, "ssm": None}),
-    "dpassm-global": ("dpassm", {"window_size": 4, "ssm_state_dim": 3, "n_global_tokens": 2}),
-    "dpassm-residual": ("dpassm", {"window_size": 6, "ssm_state_dim": 3, "fuse": "residual"}),
-    "blade": ("blade", {"chunk_size": 5, "state_dim": 3}),
-    "blade-1": ("blade", {"chunk_size": 1, "state_dim": 3}),
-    "blade-shift": ("blade", {"chunk_size": 6, "state_dim": 3, "chunk_shift": 2}),
-    "blade-memory": ("blade", {"chunk_size": 5, "state_dim": 3, "n_memory_tokens": 2}),
-    "blade-mlp": ("blade", {"chunk_size": 5, "state_dim": 3, "state_update": "mlp"}),
-    "blade-mlp-shift": (
-        "blade",
-        {
-            "chunk_size": 6,
-            "state_dim": 3,
-            "state_update": "mlp",
-            "chunk_shift": 3,
-            "n_memory_tokens": 1,
-        },
-    ),
-    "blade-none": ("blade", {"chunk_size": 5, "state_update": None}),
-    "longformer": ("baseline_longformer", {"window_size": 5, "n_global_tokens": 2}),
-    "longformer-biased": (
-        "baseline_longformer",
-        {
-            "window_size": 4,
-            "n_global_tokens": 3,
-            "projection": Projection(
-                head_dim=6,
-                bias=True,
-                out_bias=True,
-                qk_norm=True,
-                rope_scaling=RopeScaling(3.0, 16),
-            ),
-        },
-    ),
-    "longformer-1": ("baseline_longformer", {"window_size": 1, "n_global_tokens": 3}),
-    "bigbird": (
-        "baseline_bigbird",
-        {"window_size": 5, "n_random_tokens": 3, "n_global_tokens": 2},
-    ),
-    "bigbird-random": (
-        "baseline_bigbird",
-        {"window_size": 70, "n_random_tokens": 3, "n_global_tokens": 0, "seed": 7},
-    ),
-}
+
+def layer_cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Small options to test every registered layer with: name in `LAYERS`, and options, by case.
+
+    The layers say them in `test_cases`. A layer that is registered later is found by the next call.
+    """
+    return {
+        "-".join(filter(None, (name.removeprefix("baseline_"), suffix))): (name, options)
+        for name, cls in LAYERS.items()
+        for suffix, options in cls.test_cases().items()
+    }
+
+
+LAYER_CASES = layer_cases()
 
 
 def small_layer(
@@ -84,9 +45,9 @@ def small_layer(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     **options: Any,
-) -> AttentionLayer:
-    """A layer of `LAYER_CASES` with all of its parameters random, so that no path is silent."""
-    name, given = LAYER_CASES[case]
+) -> Layer[Any]:
+    """A layer of `layer_cases` with all of its parameters random, so that no path is silent."""
+    name, given = layer_cases()[case]
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.memory.plan import DISTANCE, TRAINED, Depths
 from longctx_layers import LongContextLM
 from longctx_layers.evals import Batch, Passkey, evaluate, memory, needle_grid, read
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 
 
 def depth_rows(run: Depths, model: LongContextLM) -> dict[str, Any]:

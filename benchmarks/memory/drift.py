@@ -14,7 +14,8 @@ from benchmarks.memory.plan import BLOCKS, Drift
 from longctx_layers.data.module import LongContextData
 from longctx_layers.evals import drift, has_memory, reach, rotations, stream
 from longctx_layers.evals.program.streaming import part_of, text_of
-from longctx_layers.training.checkpoints import newest_checkpoint, read_checkpoint
+from longctx_layers.training.checkpoint_files import newest_checkpoint
+from longctx_layers.training.checkpoints import read_checkpoint
 
 ROTATIONS = 4
 FORGOTTEN = 64  # tokens after which the probe empties the state, again and again

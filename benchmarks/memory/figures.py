@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.memory.plan import BLOCKS
-from longctx_layers.reports.figures import GREY, STYLES, lengths_along, mark_place, new_figure, png
+from longctx_layers.reports.figures import (
+    GREY,
+    lengths_along,
+    mark_place,
+    new_figure,
+    png,
+    style_of,
+)
 
 NAMES = tuple(BLOCKS)
 _OFF = ", state path off"
@@ -16,7 +23,7 @@ Found = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def style(name: str) -> tuple[str, str, str, str]:
     """Colour, mark, line and label of a block; without its state path it has a dotted line."""
-    colour, mark, label = STYLES[name.removesuffix(_OFF)]
+    colour, mark, label = style_of(name.removesuffix(_OFF))
     return colour, mark, ":" if name.endswith(_OFF) else "-", label + _OFF * name.endswith(_OFF)
 
 

@@ -26,11 +26,11 @@ from benchmarks.memory.drift import drift_rows
 from benchmarks.memory.plan import BLOCKS, SEEDS, Depths, Drift, Run, plan
 from benchmarks.memory.report import write_report
 from longctx_layers import LongContextLM
+from longctx_layers.command_line import add_output
 from longctx_layers.evals import Mqar, evaluate
 from longctx_layers.evals.program.models import build
 from longctx_layers.evals.program.task_training import train
 from longctx_layers.files import write
-from longctx_layers.reports.files import add_output
 
 TOKENS, MOST, FEWEST = 262_144, 256, 32
 PAGE = Path("docs/results.md")  # the committed one

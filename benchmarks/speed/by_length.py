@@ -16,11 +16,12 @@ from typing import Any
 from benchmarks.speed.common import RUNS, forward
 from benchmarks.speed.contenders import FLOOR, case, decode
 from benchmarks.speed.drawing import draw
-from benchmarks.speed.measuring import add_options, command, interleave, machine, shape_of, slope
+from benchmarks.speed.measuring import add_options, command, interleave, shape_of, slope
 from benchmarks.speed.memory import passes, peak_bytes
 from benchmarks.speed.operations import FULL, OPERATIONS, operation_case
 from benchmarks.speed.peers import SDPA
 from longctx_layers import LAYERS
+from longctx_layers.info import machine
 
 QUADRATIC = (SDPA, "vanilla", FULL)
 CONTENDERS = {"layers": [SDPA, *LAYERS], "operations": list(OPERATIONS)}

@@ -12,32 +12,37 @@ from torch import Tensor, nn
 from benchmarks.speed.common import LOCAL_OPTIONS, Case, Shape
 from benchmarks.speed.operations import OPERATIONS, operation_case
 from benchmarks.speed.peers import PEERS
-from longctx_layers import LAYERS, build_layer
-from longctx_layers.layers import AttentionLayer, layer_options
+from longctx_layers import build_layer
+from longctx_layers.layers import Layer, layer_options
 
 FLOOR = "linears of "
 COMPILED = ", compiled"
-LINEAR = [name for name in LAYERS if name != "vanilla"]  # in time
 
 
 class LinearFloor(nn.Module):
     """The linear projections of a layer and nothing else, which the layer can't be faster than.
 
-    They are the layer's own modules, each applied to as many tokens as in the layer, the output's
-    to what the query's has made.
+    They are the layer's own modules, each applied to as many tokens as in the layer. What the
+    query's projection has made goes through the output's, where the layer has both.
     """
 
-    def __init__(self, layer: AttentionLayer) -> None:
+    def __init__(self, layer: Layer[Any]) -> None:
         super().__init__()
         self.layer = layer
+        self.linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        self.chained = {"q_proj", "o_proj"} <= set(self.linears)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = [self.layer.o_proj(self.layer.q_proj(x))]
-        for name, module in self.layer.named_modules():
-            if isinstance(module, nn.Linear) and name not in ("q_proj", "o_proj"):
-                y = module(x[:, : self.rows(name, x.shape[1])])
-                if torch.is_grad_enabled():
-                    outputs.append(y)
+        outputs = [self.layer.o_proj(self.layer.q_proj(x))] if self.chained else []
+        for name, module in self.linears.items():
+            if self.chained and name in ("q_proj", "o_proj"):
+                continue
+            u = x[:, : self.rows(name, x.shape[1])]
+            if module.in_features != u.shape[2]:
+                u = u.new_zeros(*u.shape[:2], module.in_features)
+            y = module(u)
+            if torch.is_grad_enabled():
+                outputs.append(y)
         return tuple(outputs)
 
     def rows(self, name: str, length: int) -> int:
@@ -46,11 +51,11 @@ class LinearFloor(nn.Module):
 
     def upstream(self, length: int) -> tuple[Tensor, ...]:
         """Gradients of the outputs; all are views of one tensor, as their values don't matter."""
-        linears = {n: m for n, m in self.layer.named_modules() if isinstance(m, nn.Linear)}
-        del linears["q_proj"]
-        sizes = {n: (self.rows(n, length), m.out_features) for n, m in linears.items()}
+        sizes = {n: (self.rows(n, length), m.out_features) for n, m in self.linears.items()}
         values = torch.randn(max(rows * width for rows, width in sizes.values()))
-        order = ["o_proj", *(n for n in sizes if n != "o_proj")]
+        order = list(sizes)
+        if self.chained:
+            order = ["o_proj", *(n for n in sizes if n not in ("q_proj", "o_proj"))]
         return tuple(values[: sizes[n][0] * sizes[n][1]].view(1, *sizes[n]) for n in order)
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from benchmarks.speed.common import RUNS
 from benchmarks.speed.measuring import slope
+from longctx_layers.files import write
+from longctx_layers.reports.figures import PALETTE, png
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
 STYLES = ["-", "--", ":"]
 MARKERS = "osD^v<>P"
 AXES = {
@@ -28,7 +25,8 @@ def draw(rows: list[dict[str, Any]], what: str, path: Path) -> None:
     key, unit, label = AXES[what]
     drawn = [row for row in rows if row["run"] in RUNS and row.get(key)]
     names = list(dict.fromkeys(row["name"] for row in drawn))
-    figure, panels = plt.subplots(1, len(RUNS), figsize=(6.2 * len(RUNS), 5.2), sharey=True)
+    figure = Figure(figsize=(6.2 * len(RUNS), 5.2))
+    panels = figure.subplots(1, len(RUNS), sharey=True)
     for axes, run in zip(panels, RUNS, strict=True):
         lengths = sorted({row["length"] for row in drawn if row["run"] == run})
         for i, name in enumerate(names):
@@ -37,10 +35,10 @@ def draw(rows: list[dict[str, Any]], what: str, path: Path) -> None:
                 continue
             x, y = [row["length"] for row in own], [row[key] / unit for row in own]
             exponent = f"  (slope {slope(x, y):.2f})" if len(x) > 1 else ""
-            again, colour = divmod(i, len(COLOURS))
+            again, colour = divmod(i, len(PALETTE))
             axes.plot(
                 x, y, STYLES[again], marker=MARKERS[(i + again) % len(MARKERS)], markersize=4,
-                color=COLOURS[colour], label=name + exponent,
+                color=PALETTE[colour], label=name + exponent,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -50,5 +48,4 @@ def draw(rows: list[dict[str, Any]], what: str, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14))
     panels[0].set_ylabel(label)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    write(path, png(figure))

@@ -1,6 +1,6 @@
 """Milliseconds of operations and layers on a GPU, beside what people would otherwise use.
 
-    python -m benchmarks.speed.gpu_table [--lengths 2048 8192 32768] [--publish]
+    python -m benchmarks.speed.gpu_table [--lengths 2048 8192] [--groups window ssd] [--publish]
 
 Medians of rounds in which all contenders take turns, in one process, timed by the GPU's own events.
 Peers: torch's SDPA and FlexAttention, flash-attn, mamba-ssm and fla, where they are installed; each
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -24,21 +23,26 @@ from torch import Tensor
 
 from benchmarks.speed.common import LOCAL_OPTIONS
 from longctx_layers import LAYERS, build_layer, ops, use_backend
+from longctx_layers.command_line import add_output
+from longctx_layers.files import write
+from longctx_layers.info import machine
 from longctx_layers.layers import layer_options
-from longctx_layers.reports.files import add_output
 
 Call = Callable[[], Tensor]
 Group = tuple[str, dict[str, Callable[[], Call]]]  # a title, and contenders by name
+GROUPS = ("full", "window", "ssd", "layers")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cpu only to try the program")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--tokens", type=int, default=32768, help="of a batch, at least")
     parser.add_argument("--n-heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--states", type=int, default=64, help="N of the state space")
     parser.add_argument("--rounds", type=int, default=20)
     add_output(parser, "--output", "gpu")
     return parser.parse_args()
@@ -81,7 +85,7 @@ def attention(make: Inputs, window: int | None) -> dict[str, Callable[[], Call]]
 
 
 def state_space(make: Inputs) -> dict[str, Callable[[], Call]]:
-    heads, states = make.args.n_heads, 64
+    heads, states = make.args.n_heads, make.args.states
     x, B, C = make(heads, make.args.head_dim), make(states), make(states)
     dt = torch.rand_like(make(heads, dtype=torch.float32)).requires_grad_()
     A = -torch.rand(heads, device=x.device)
@@ -131,14 +135,23 @@ def layers(make: Inputs) -> dict[str, Callable[[], Call]]:
     return {f"{n}, {b}": contender(n, b) for n in LAYERS for b in ("triton", "torch")}
 
 
+def group(name: str, make: Inputs, args: argparse.Namespace) -> Group:
+    """One of GROUPS."""
+    of = f"{make.batch} x {make.length}"
+    if name == "full":
+        return f"full attention, {of}", attention(make, None)
+    if name == "window":
+        return f"window attention, {of}", attention(make, args.window)
+    if name == "ssd":
+        return f"state space (SSD), N {args.states}, {of}", state_space(make)
+    return f"layers, {of}", layers(make)
+
+
 def groups(args: argparse.Namespace) -> Iterator[Group]:
     for length in args.lengths:
         make = Inputs(args, length)
-        of = f"{make.batch} x {length}"
-        yield f"full attention, {of}", attention(make, None)
-        yield f"window attention, {of}", attention(make, args.window)
-        yield f"state space (SSD), {of}", state_space(make)
-        yield f"layers, {of}", layers(make)
+        for name in args.groups:
+            yield group(name, make, args)
 
 
 def timed(call: Callable[[], Any], device: str) -> float:
@@ -197,10 +210,9 @@ def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     lines = [
-        f"`python {' '.join(sys.argv)}`: {gpu}, torch {torch.__version__}; bf16, {args.n_heads} "
-        f"heads of {args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
+        f"`python {' '.join(sys.argv)}`: {machine(args.device)}; bf16, {args.n_heads} heads of "
+        f"{args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
     ]
     title = None
     for row in rows:
@@ -217,14 +229,15 @@ def main() -> None:
     args = parse()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU that torch can use: nothing was measured")
+    args.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for group in groups(args):
-        for row in measure(group, args):
+    for contenders in groups(args):
+        for row in measure(contenders, args):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.output / "table.md").write_text(table(rows, args))
+        # After each group: whatever ends the program later, these were measured.
+        write(args.output / "table.json", json.dumps(rows, indent=1) + "\n")
+        write(args.output / "table.md", table(rows, args))
     print(table(rows, args) + f"\nWritten to {args.output}/")
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.speed.common import Shape
-from longctx_layers.reports.files import add_output
+from longctx_layers.command_line import add_output
 
 
 class Timing(NamedTuple):
@@ -84,14 +81,6 @@ def slope(lengths: Sequence[int], values: Sequence[float]) -> float:
     x = [math.log(n) for n in lengths]
     y = [math.log(v) for v in values]
     return statistics.linear_regression(x, y).slope
-
-
-def machine() -> str:
-    """What the numbers depend on."""
-    return (
-        f"{torch.get_num_threads()} threads of {platform.machine()} with "
-        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    )
 
 
 def command() -> str:

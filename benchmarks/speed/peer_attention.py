@@ -32,7 +32,7 @@ class Projected(nn.Module):
         return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-def with_weights(layer: AttentionLayer, qkv: list[Tensor], out: Tensor) -> Function:
+def with_weights(layer: AttentionLayer[Any], qkv: list[Tensor], out: Tensor) -> Function:
     """Our layer with these projections."""
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
     for projection, weight in zip(projections, [*qkv, out], strict=True):

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.speed import layer_targets, model_targets
-from benchmarks.speed.measuring import Row, add_options, command, machine
+from benchmarks.speed.measuring import Row, add_options, command
+from longctx_layers import LAYERS
+from longctx_layers.info import machine
 
 Section = Callable[[argparse.Namespace], Iterator[Row]]
 SECTIONS: dict[str, Section] = {
@@ -36,9 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--length", type=int, default=8192, help="other lengths are multiples of it"
     )
-    parser.add_argument(
-        "--layers", nargs="+", choices=layer_targets.FLOORS, default=list(layer_targets.FLOORS)
-    )
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(layer_targets.FLOORS))
     parser.add_argument("--compile", action="store_true", help="torch.compile beside the layers")
     parser.add_argument("--size", default="150m", help="of the models that decode and train")
     parser.add_argument("--vocab-size", type=int, default=32000)

@@ -1,9 +1,9 @@
-"""A GPT in the manner of nanoGPT, and the three lines that change when its attention is ours.
+"""nanoGPT with a layer of this library: three lines change, and generation takes constant memory.
 
     python examples/integrations/nanogpt.py
 
-The class `CausalSelfAttention` becomes a layer; `Block` and `GPT` hand its state on, so that
-generation costs one step a token. There is no block_size: no table of positions, no limit.
+The class `CausalSelfAttention` becomes a layer. `Block` and `GPT` pass its state on, and `advance`
+is all that the library's `generate` needs. There is no block_size: no table of positions, no limit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx_layers import build_layer
+from longctx_layers.lm.generation import generate
 
 
 @dataclass
@@ -43,8 +44,11 @@ class Block(nn.Module):
             nn.Linear(4 * config.n_embd, config.n_embd),
         )
 
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        y, state = self.attn(self.ln_1(x), state)  # was: x = x + self.attn(self.ln_1(x))
+    def forward(
+        self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        # was: x = x + self.attn(self.ln_1(x))
+        y, state = self.attn(self.ln_1(x), state, segment_ids=segment_ids)
         x = x + y
         return x + self.mlp(self.ln_2(x)), state
 
@@ -60,33 +64,44 @@ class GPT(nn.Module):
         nn.init.normal_(self.wte.weight, std=config.n_embd**-0.5)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, states: list[Any] | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        states: list[Any] | None = None,
+        segment_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Any]]:
-        x, new = self.wte(idx), []
+        x = self.wte(idx)
+        new_states = []
         for block, state in zip(self.h, states or [None] * len(self.h), strict=True):
-            x, state = block(x, state)
-            new.append(state)
+            x, state = block(x, state, segment_ids)
+            new_states.append(state)
         logits = self.lm_head(self.ln_f(x))
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss, new
+        return logits, loss, new_states
 
-    @torch.no_grad()
-    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
-        """The likeliest continuation of `[B, T]`; the prompt is read once."""
-        logits, _, states = self(idx)
-        for n in range(max_new_tokens):
-            idx = torch.cat([idx, logits[:, -1:].argmax(-1)], dim=1)
-            if n + 1 < max_new_tokens:
-                logits, _, states = self(idx[:, -1:], states=states)
-        return idx
+    # What `generate` needs of a model.
+
+    @property
+    def vocab_size(self) -> int:
+        return self.wte.num_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def advance(
+        self, ids: Tensor, state: list[Any] | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, list[Any]]:
+        logits, _, states = self(ids, states=state, segment_ids=segment_ids)
+        return logits[:, -1], states
 
 
 def main() -> None:
     torch.manual_seed(0)
-    model, text = GPT(GPTConfig(n_layer=2, n_embd=64)), b"the quick brown fox. " * 40
-    ids = torch.tensor(list(text))[None]
+    model = GPT(GPTConfig(n_layer=2, n_embd=64))
+    ids = torch.tensor(list(b"the quick brown fox. " * 40))[None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(30):
         _, loss, _ = model(ids[:, :-1], ids[:, 1:])
@@ -95,7 +110,8 @@ def main() -> None:
         optimizer.step()
         if step % 10 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
-    print(bytes(model.generate(ids[:, :30], 42)[0].tolist()).decode(errors="replace"))
+    text = generate(model, ids[0, :30], 42, temperature=0)
+    print(bytes(text.tolist()).decode(errors="replace"))
 
 
 if __name__ == "__main__":

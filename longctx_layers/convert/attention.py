@@ -12,10 +12,10 @@ from transformers import Cache
 
 from longctx_layers.convert.cache import cache_layer, state_layer
 from longctx_layers.convert.families import attention_sites
-from longctx_layers.hf.arguments import expect_known, given_cache
-from longctx_layers.hf.documents import DOCUMENTS, call_segments
 from longctx_layers.layers import AttentionLayer
 from longctx_layers.packing import position_ids_from_segment_ids
+from longctx_layers.transformers_calls.arguments import expect_known, given_cache
+from longctx_layers.transformers_calls.documents import DOCUMENTS, call_segments
 
 # What `hand_over_segments` reads.
 _READ = frozenset(
@@ -56,7 +56,7 @@ class ConvertedAttention(nn.Module):
         layer_idx: its place in the model and in the cache.
     """
 
-    def __init__(self, layer: AttentionLayer, layer_idx: int) -> None:
+    def __init__(self, layer: AttentionLayer[Any], layer_idx: int) -> None:
         super().__init__()
         self.layer = layer
         self.layer_idx = layer_idx

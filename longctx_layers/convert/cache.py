@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, StaticLayer
 
-from longctx_layers.hf.documents import record_pads
 from longctx_layers.layers import map_state, select_rows
+from longctx_layers.transformers_calls.documents import record_pads
 
 
 class StateCacheLayer(CacheLayerMixin):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from longctx_layers.layers import AttentionLayer, Projection, RopeScaling, build_layer
+from longctx_layers.layers import AttentionLayer, Layer, Projection, RopeScaling, build_layer
 from longctx_layers.layers.parameters import device_of, weight_dtype
-from longctx_layers.layers.pieces import has_hooks
+from longctx_layers.layers.plain_modules import has_hooks
 
 # Decoders by class name, with the names of their list of layers and of a layer's attention.
 DECODERS = {
@@ -69,7 +69,7 @@ def _family(module: nn.Module) -> str:
 
 def build_like(
     site: Site, config: Any, block_type: str, dropout: float | None, options: dict[str, Any]
-) -> AttentionLayer:
+) -> AttentionLayer[Any]:
     """The layer that computes what the attention of a place does, with its projections.
 
     Raises:
@@ -106,6 +106,11 @@ def build_like(
         dtype=weight_dtype(out) or getattr(config, "dtype", None),
         **options,
     )
+    if not isinstance(layer, AttentionLayer):
+        raise ValueError(
+            f"block_type: expected an attention layer, got {block_type!r}, a "
+            f"{type(layer).__name__}: it cannot take over the projections of the model's attention"
+        )
     _check_window(layer, attention, config, site.layer_idx)
     for name, module in parts.items():
         setattr(layer, name, module)
@@ -195,11 +200,11 @@ def _refuse_unsupported(attention: Any, config: Any) -> None:
         )
 
 
-def _check_window(layer: AttentionLayer, attention: Any, config: Any, index: int) -> None:
+def _check_window(layer: Layer[Any], attention: Any, config: Any, index: int) -> None:
     # Mistral has one window for all layers; Qwen's attention knows its own.
     default = getattr(config, "sliding_window", None)
     own = getattr(attention, "sliding_window", default)
-    reach = getattr(layer, "window_size", getattr(layer, "chunk_size", None))
+    reach = layer.reach
     if own is not None and (reach is None or reach > own):
         raise ValueError(
             f"window_size: expected at most {own}, the sliding window of the model's layer "

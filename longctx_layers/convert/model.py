@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from longctx_layers.hf.generation import GeneratesWithPads
+from longctx_layers.transformers_calls.generation import GeneratesWithPads
 
 
 class ConvertedModel:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationMixin
+from transformers import Cache
 
-from longctx_layers.hf.documents import record_pads
 from longctx_layers.layers import map_state, select_rows
-
-# What transformers calls a cache among arguments and outputs: another word from 5.24 on.
-_arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-CACHE_NAME = "cache" if "cache" in _arguments else "past_key_values"
+from longctx_layers.transformers_calls.documents import record_pads
 
 KEPT_APART = 64  # tokens at a recorded call's end: crop goes back this far without the rest
 

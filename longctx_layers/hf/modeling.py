@@ -15,19 +15,18 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longctx_layers.hf.arguments import expect_known, given_cache
 from longctx_layers.hf.cache import (
-    CACHE_NAME,
     LongCtxCache,
     check_cache_implementation,
     expect_cache,
 )
-from longctx_layers.hf.documents import DOCUMENTS, call_segments
-from longctx_layers.hf.generation import GeneratesWithPads, refuse_right_pads
 from longctx_layers.hf.loss import LOSS_ARGUMENTS, next_token_loss
 from longctx_layers.hf.pretrained import LongCtxPreTrainedModel
 from longctx_layers.lm.pretrained import MODEL_TYPE
 from longctx_layers.ops.checks import expect_shape
+from longctx_layers.transformers_calls.arguments import CACHE_NAME, expect_known, given_cache
+from longctx_layers.transformers_calls.documents import DOCUMENTS, call_segments
+from longctx_layers.transformers_calls.generation import GeneratesWithPads, refuse_right_pads
 
 
 class LongCtxForCausalLM(  # type: ignore[misc]  # _sample takes what transformers' own takes

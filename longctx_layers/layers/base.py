@@ -1,186 +1,195 @@
-"""What all layers share: projections, the call, its checks, and the cache of keys and values."""
+"""The protocol of all layers: one call for training, prefill and decoding, with explicit state."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx_layers.layers.checks import (
-    check_input,
-    check_segment_ids,
-    check_state,
-)
+from longctx_layers.layers import splitting
+from longctx_layers.layers.checks import check_input, check_segment_ids, check_state
 from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
 from longctx_layers.layers.parameters import (
     SpecialParameters,
     activation_dtype,
     device_of,
     weight_dtype,
-    weight_of,
 )
-from longctx_layers.layers.pieces import by_rows, lengths, may_divide
-from longctx_layers.layers.rotary import RopeScaling, rotary_table, rotate
-from longctx_layers.layers.state import Field, Rows, arrange, tail, usable_in_training
-from longctx_layers.ops import FarKeys, Segments, sparse_attention
+from longctx_layers.layers.plain_modules import works_by_token
+from longctx_layers.layers.splitting import by_rows, split_lengths
+from longctx_layers.layers.state import Field, arrange, usable_in_training
+from longctx_layers.ops import Segments
 from longctx_layers.ops.checks import expect_number, expect_positive
-from longctx_layers.ops.gated_norms import head_norm
+
+StateT = TypeVar("StateT", bound=tuple[Any, ...])
 
 
-@dataclass(frozen=True)
-class Projection:
-    """Shapes of the attention projections that differ from the usual ones (pretrained models).
-
-    Attributes:
-        head_dim: size of a head, where it is not d_model / n_heads.
-        bias: whether the q, k and v projections have biases.
-        out_bias: whether the output projection has one.
-        qk_norm: whether q and k pass an RMSNorm over head_dim with a learned scale.
-        rope_scaling: how the wavelengths of the rotary embedding are stretched; None: not at all.
-    """
-
-    head_dim: int | None = None
-    bias: bool = False
-    out_bias: bool = False
-    qk_norm: bool = False
-    rope_scaling: RopeScaling | None = None
-
-
-class KeyValueState(NamedTuple):
-    """Cached keys and values; position and segment id of each row.
+class Probe(NamedTuple):
+    """Statistics of a layer's memory, computed from what one of its modules returns.
 
     Attributes:
-        k, v: `[B, S, G, P]`, right-aligned, keys without rotary embedding; zeros where the row's
-            segment has fewer.
-        position: `[B]` int64, where in its segment the row's next token will stand.
-        segment: `[B]` int64, id of the row's segment; -1 before its first token.
+        module: whose output is read during a forward pass.
+        statistics: from that output to scalars by name, e.g. `time_scale`.
     """
 
-    k: Tensor
-    v: Tensor
-    position: Tensor
-    segment: Tensor
+    module: nn.Module
+    statistics: Callable[[Tensor], dict[str, Tensor]]
 
 
-class HeadNorm(SpecialParameters):
-    """RMSNorm of each head with a learned scale `[H, P]`: `[B, T, H, P]` to the same."""
-
-    no_decay = ("weight",)
-
-    def __init__(self, n_heads: int, head_dim: int, scale: float = 1.0, **factory: Any) -> None:
-        super().__init__()
-        self.scale = scale
-        self.weight = nn.Parameter(torch.empty(n_heads, head_dim, **factory))
-
-    def draw_own(self) -> None:
-        """Set the scale to its first value."""
-        nn.init.constant_(self.weight, self.scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return head_norm(x, self.weight).to(x.dtype)
-
-
-class AttentionLayer(SpecialParameters):
+class Layer(SpecialParameters, Generic[StateT]):
     """Base of all layers: `y, state = layer(x, state=None, *, segment_ids=None)`.
 
-    A subclass sets `state_type`, describes its state in `fields`, and computes in `mix` what the
-    output projection gets, with the new state. Its `__init__` ends with `reset_parameters`.
+    To write a layer, set `state_type`, describe the state's tensors in `fields`, and compute in
+    `mix`. Everything else follows: streaming, packed and padded rows, checks, and splitting of
+    large calls. `__init__` takes `d_model, n_heads` and keyword options, and ends with
+    `reset_parameters()`. `register_layer` makes the layer known by a name.
 
-    On a CPU a large call is worked through in pieces that fit the caches: a few rows at a time,
-    and a few tokens, each piece from the state that the one before left. Not where something could
-    notice: see `may_divide`.
+    >>> from longctx_layers import build_layer
+    >>> layer = build_layer("dpassm", 64, 4, window_size=16)
+    >>> y, state = layer(torch.randn(1, 100, 64))
+    >>> y, state = layer(torch.randn(1, 1, 64), state)  # the next token
 
     Attributes:
-        grain: tokens that a piece is a multiple of. None for layers whose state grows, so that
-            every piece would copy it: they take a call as a whole, or cut it themselves.
-        first_piece: tokens before the first multiple.
+        state_type: a NamedTuple with the tensors of `fields`, then `position` and `segment`.
+        input_projection: name of a projection that x passes. Its weight tells which dtype and
+            device x and the state must have; None if the layer has no such projection.
+        output_projection: name of the last projection, whose initial weights a model scales down
+            with its depth; None if the layer has no such projection.
+        label: what figures and tables call the layer; None for the name in the registry.
+        style: colour and matplotlib marker in figures; None for the next free ones.
     """
 
-    state_type: ClassVar[type[Any]] = KeyValueState
-    grain: int | None = None
-    first_piece: int = 0
+    state_type: ClassVar[type[Any]]
+    input_projection: ClassVar[str | None] = None
+    output_projection: ClassVar[str | None] = None
+    label: ClassVar[str | None] = None
+    style: ClassVar[tuple[str, str] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "state_type" in vars(cls):
+            # States are plain tensors: torch.load(..., weights_only=True) may build them.
+            torch.serialization.add_safe_globals([cls.state_type])
 
     def __init__(
         self,
         d_model: int,
-        n_heads: int,
         *,
-        n_kv_heads: int | None = None,
-        rope_base: float | None = 10000.0,
         dropout: float = 0.0,
-        projection: Projection | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        projection = Projection() if projection is None else projection
-        for name, value in (("d_model", d_model), ("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
-            expect_positive(name, value)
-        if n_heads % n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads: expected a divisor of n_heads = {n_heads}, got {n_kv_heads}; "
-                "every key head serves the same number of query heads"
-            )
-        if projection.head_dim is None and d_model % n_heads:
-            raise ValueError(
-                f"n_heads: expected a divisor of d_model = {d_model}, got {n_heads}; change one of "
-                "them, or give Projection(head_dim=...)"
-            )
-        head_dim = d_model // n_heads if projection.head_dim is None else projection.head_dim
-        expect_positive("head_dim", head_dim)
-        if rope_base is not None and head_dim % 2:
-            raise ValueError(
-                f"head_dim: expected an even number for rotary embedding, got {head_dim}; change "
-                "n_heads, or turn rotary embedding off with rope_base=None"
-            )
+        expect_positive("d_model", d_model)
         expect_number("dropout", dropout)
-        if rope_base is not None:
-            expect_number("rope_base", rope_base)
-            if not (math.isfinite(rope_base) and rope_base > 0):
-                raise ValueError(f"rope_base: expected a number above 0 or None, got {rope_base}")
-        if not isinstance(projection.rope_scaling, (RopeScaling, type(None))):
-            raise TypeError(
-                f"rope_scaling: expected a RopeScaling or None, got {projection.rope_scaling!r}; "
-                "pass e.g. RopeScaling(factor=8.0, original_length=8192)"
-            )
-        if projection.rope_scaling is not None and rope_base is None:
-            raise ValueError(
-                "rope_scaling: expected None without rotary embedding (rope_base=None), got "
-                f"{projection.rope_scaling!r}; leave it out, or pass a rope_base"
-            )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-        self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
-        self.head_dim, self.rope_base, self.dropout = head_dim, rope_base, dropout
-        self.projection = projection
+        self.d_model = d_model
+        self.dropout = dropout
         self.factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        inner, kv = n_heads * head_dim, n_kv_heads * head_dim
-        self.q_proj = self.linear(d_model, inner, bias=projection.bias)
-        self.k_proj = self.linear(d_model, kv, bias=projection.bias)
-        self.v_proj = self.linear(d_model, kv, bias=projection.bias)
-        self.o_proj = self.linear(inner, d_model, bias=projection.out_bias)
-        self.q_norm = self.k_norm = None
-        if projection.qk_norm:
-            self.q_norm = HeadNorm(1, head_dim, **self.factory)
-            self.k_norm = HeadNorm(1, head_dim, **self.factory)
+
+    # ---- What a layer defines
+
+    def fields(self) -> dict[str, Field]:
+        """The tensors of this layer's state, without `position` and `segment`."""
+        raise NotImplementedError
+
+    def mix(
+        self, x: Tensor, state: StateT | None, segments: Segments | None, offset: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute outputs `[B, T, d_model]` before dropout, and the tensors of the new state.
+
+        Args:
+            x: `[B, T, d_model]` with padding at the right of each row: a whole call, or a part.
+            state: the state before x, or None if x is the beginning.
+            segments: of x; None for one segment without padding that began `offset` tokens
+                before x.
+            offset: how many tokens of the call come before x.
+        """
+        raise NotImplementedError
+
+    def draw_own(self) -> None:
+        """Initialise the parameters that the layer itself holds; most layers have none."""
+
+    def options(self) -> dict[str, Any]:
+        """The layer's own hyperparameters, for `repr`."""
+        return {}
+
+    # ---- What a layer says about itself
+
+    @property
+    def split_multiple(self) -> int | None:
+        """On a CPU, large calls run in parts of a multiple of this many tokens.
+
+        None disables that: if the state grows, each part would copy it.
+        """
+        return None
+
+    @property
+    def first_split(self) -> int:
+        """Tokens of an additional first part, before the multiples."""
+        return 0
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens in the window or chunk of attention, the query included; None for no limit.
+
+        Memory beyond it (a recurrent state, global or random tokens) does not count.
+        """
+        return None
+
+    @property
+    def constant_state(self) -> bool:
+        """Whether the state's size is independent of the length."""
+        return all(None not in field.shape for field in self.fields().values())
+
+    @property
+    def path_gate(self) -> nn.Module | None:
+        """The projection that weighs two paths against each other, if there is one.
+
+        Training gives it a learning rate of its own.
+        """
+        return None
+
+    def flops_per_token(self, length: int) -> float:
+        """Operations per token besides the linear projections, in sequences of `length` tokens."""
+        return 0.0
+
+    def probes(self) -> list[Probe]:
+        """Statistics of the layer's memory to monitor in training, e.g. its time scales."""
+        return []
+
+    @classmethod
+    def test_cases(cls) -> dict[str, dict[str, Any]]:
+        """Small options to test the layer with, by a suffix for the test's name ("" for none)."""
+        return {"": {}}
+
+    def set_reach(self, size: int) -> None:
+        """Change the window or chunk between calls, as a curriculum does.
+
+        Raises:
+            TypeError: if the layer has neither.
+        """
+        raise TypeError(f"{type(self).__name__} has no window or chunk whose size could be set")
+
+    # ---- What every layer has
 
     def linear(
         self, inputs: int, outputs: int, bias: bool = False, scale: float = 1.0
     ) -> nn.Linear:
-        """A projection with the layer's device and dtype; `scale` is what `draw_weight` takes."""
+        """A projection with the layer's device and dtype; for `scale` see `draw_weight`."""
         linear = nn.Linear(inputs, outputs, bias=bias, **self.factory)
         linear.first_scale = scale  # type: ignore[assignment]
         return linear
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: projections by `draw_linear`, the rest by `draw_own`."""
+        """Initialise all parameters: projections by `draw_linear`, the others by `draw_own`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 draw_linear(module)
@@ -189,41 +198,22 @@ class AttentionLayer(SpecialParameters):
         self.draw_own()
         mark_drawn(self)
 
-    def draw_own(self) -> None:
-        """Draw the parameters that the layer holds itself, which most layers have none of."""
-
-    def fields(self) -> dict[str, Field]:
-        """The tensors of this layer's state."""
-        raise NotImplementedError
-
-    def mix(
-        self, x: Tensor, state: Any, segments: Segments | None, offset: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the output projection gets, `[B, T, H * P]`, and the new state's tensors.
-
-        Args:
-            x: `[B, T, D]` with pads at the right of each row: a whole call, or a piece of it.
-            state: the state before, or None where x begins everything.
-            segments: of x; None for one segment without pads that began `offset` tokens before x.
-            offset: the tokens of the call before x.
-        """
-        raise NotImplementedError
-
     def forward(
-        self, x: Tensor, state: Any = None, *, segment_ids: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
-        """Compute outputs and the state behind them; trains, prefills and decodes.
+        self, x: Tensor, state: StateT | None = None, *, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, StateT]:
+        """Compute outputs and the state after them, in training, prefill and decoding alike.
 
         Args:
-            x: `[B, T, D]`, T >= 0, in the parameters' dtype (or any under autocast).
-            state: what an earlier call returned, or `init_state`; never changed. None to begin.
-            segment_ids: `[B, T]` integers. Tokens see only their own segment: a run of equal ids.
-                Negative ids are pads: their outputs are 0, and nothing else notices them. None
-                for one segment, which continues that of the state.
+            x: `[B, T, d_model]`, T >= 0, in the parameters' dtype (any dtype under autocast).
+            state: what an earlier call or `init_state` returned; it is never changed. None to
+                begin.
+            segment_ids: `[B, T]` integers. Tokens see only their own segment, a run of equal ids.
+                Negative ids are padding: their outputs are 0, and other tokens do not see them.
+                None for a single segment, which continues that of the state.
 
         Returns:
-            y `[B, T, D]`, and the new state. NaN or infinity in a token may reach the whole row,
-            and its state until a call begins another segment; never another row.
+            y `[B, T, d_model]`, and the new state. NaN or infinity in a token may reach all of its
+            row, and the row's state until another segment begins; never another row.
 
         Raises:
             ValueError, TypeError: for shapes, dtypes, devices or states that do not fit.
@@ -232,44 +222,52 @@ class AttentionLayer(SpecialParameters):
         if state is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             state = usable_in_training(state)
         device = x.device.type
-        # Autocast would round x in every projection; float64 it leaves alone.
+        # Autocast would round x in every projection; it leaves float64 alone.
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         if x.shape[1] == 0:
-            y = self.o_proj(x.new_zeros(len(x), 0, self.n_heads * self.head_dim))
-            return y, self.init_state(len(x)) if state is None else state
-        if (
-            self.grain is None
-            or device != "cpu"
-            or torch.compiler.is_compiling()
-            or not may_divide(self, x, dropout=self.dropout)
-        ):
+            return x.clone(), self.init_state(len(x)) if state is None else state
+        n_tokens = x.shape[0] * x.shape[1]
+        if device != "cpu" or torch.compiler.is_compiling() or n_tokens <= splitting.TOKENS_AT_ONCE:
             return self._run(x, state, segment_ids)
-        return by_rows(partial(self._run, grain=self.grain), x, state, segment_ids)
+        multiple = self.split_multiple
+        # Dropout would draw its random numbers in another order.
+        random = self.training and self.dropout > 0
+        if multiple is None or random or not works_by_token(*self.children()):
+            return self._run(x, state, segment_ids)
+        return by_rows(partial(self._run, multiple=multiple), x, state, segment_ids)
 
     def _run(
-        self, x: Tensor, state: Any, segment_ids: Tensor | None, grain: int | None = None
-    ) -> tuple[Tensor, Any]:
-        rows: Rows = arrange(x, state, segment_ids)
-        x, state = rows.pack(x), rows.restart(state)
-        pieces: Sequence[Tensor] = [x]
-        if grain is not None:
-            pieces = x.split(lengths(len(x), x.shape[1], grain, self.first_piece), dim=1)
-        offset, ys = 0, []
-        for piece in pieces:
-            segments, length = rows.segments, piece.shape[1]
-            if segments is not None and len(pieces) > 1:
-                segments = segments.part(offset, length)
-            y, new = self.mix(piece, state, segments, offset)
-            state = self.state_type(**new, position=rows.position, segment=rows.segment)
-            ys.append(F.dropout(self.o_proj(y), self.dropout, self.training))
-            offset += length
+        self,
+        x: Tensor,
+        state: StateT | None,
+        segment_ids: Tensor | None,
+        multiple: int | None = None,
+    ) -> tuple[Tensor, StateT]:
+        rows = arrange(x, state, segment_ids)
+        x = rows.pack(x)
+        state = rows.restart(state)
+        parts: Sequence[Tensor] = [x]
+        if multiple is not None:
+            sizes = split_lengths(len(x), x.shape[1], multiple, self.first_split)
+            parts = x.split(sizes, dim=1)
+        offset = 0
+        ys = []
+        for part in parts:
+            segments = rows.segments
+            if segments is not None and len(parts) > 1:
+                segments = segments.part(offset, part.shape[1])
+            y, tensors = self.mix(part, state, segments, offset)
+            state = self.state_type(**tensors, position=rows.position, segment=rows.segment)
+            ys.append(F.dropout(y, self.dropout, self.training))
+            offset += part.shape[1]
+        assert state is not None
         return rows.unpack(ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)), state
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> Any:
-        """The empty state of a batch, on the parameters' device unless another is given."""
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None) -> StateT:
+        """The empty state of a batch, on the parameters' device unless another one is given."""
         dtype = self._dtype
-        where = device_of(self.k_proj, self) if device is None else device
+        where = self._device() if device is None else device
         tensors = {
             name: torch.zeros(
                 batch_size,
@@ -279,7 +277,8 @@ class AttentionLayer(SpecialParameters):
             )
             for name, field in self._all_fields().items()
         }
-        return self.state_type(**{**tensors, "segment": tensors["segment"] - 1})
+        state: StateT = self.state_type(**{**tensors, "segment": tensors["segment"] - 1})
+        return state
 
     def state_size(self, length: int) -> int:
         """Bytes of one sequence's state after `length` tokens."""
@@ -290,128 +289,46 @@ class AttentionLayer(SpecialParameters):
         )
 
     def extra_repr(self) -> str:
-        """The layer's hyperparameters, as torch's own modules show theirs."""
-        shown: dict[str, Any] = {"d_model": self.d_model, "n_heads": self.n_heads}
-        if self.n_kv_heads != self.n_heads:
-            shown["n_kv_heads"] = self.n_kv_heads
-        if self.rope_base != 10000.0:
-            shown["rope_base"] = self.rope_base
+        """The layer's hyperparameters, in the style of torch's own modules."""
+        shown = {"d_model": self.d_model, **self.options()}
         if self.dropout:
             shown["dropout"] = self.dropout
-        if self.projection != Projection():
-            shown["projection"] = self.projection
-        shown |= self.options()
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
-    def options(self) -> dict[str, Any]:
-        """The subclass's own hyperparameters, for `repr`."""
-        return {}
-
-    def _check(self, x: Tensor, state: Any, segment_ids: Tensor | None) -> None:
+    def _check(self, x: Tensor, state: StateT | None, segment_ids: Tensor | None) -> None:
         name = type(self).__name__
-        check_input(name, x, self.d_model, weight_of(self.k_proj))
+        check_input(name, x, self.d_model, self._input_projection())
         if segment_ids is not None:
             check_segment_ids(name, segment_ids, x)
         if state is not None:
             check_state(name, state, self.state_type, self._all_fields(), x, self._dtype)
 
+    def _input_projection(self) -> nn.Module | None:
+        return None if self.input_projection is None else getattr(self, self.input_projection)
+
     @property
     def _dtype(self) -> torch.dtype:
         """That of activations: of the first weight that is not quantised."""
-        return weight_dtype(self.k_proj) or activation_dtype(self)
+        projection = self._input_projection()
+        dtype = None if projection is None else weight_dtype(projection)
+        return activation_dtype(self) if dtype is None else dtype
+
+    def _device(self) -> torch.device:
+        projection = self._input_projection()
+        return device_of(self) if projection is None else device_of(projection, self)
 
     def _all_fields(self) -> dict[str, Field]:
         return {**self.fields(), "position": Field((), "index"), "segment": Field((), "index")}
 
-    def heads(self, x: Tensor, count: int) -> Tensor:
-        """`[B, T, h * P]` to `[B, T, h, P]`."""
-        return x.unflatten(-1, (count, self.head_dim))
 
-    def attend(
-        self,
-        x: Tensor,
-        state: Any,
-        segments: Segments | None,
-        *,
-        window_size: int | None = None,
-        chunk_size: int | None = None,
-        chunk_shift: int = 0,
-        far: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project, rotate and attend.
-
-        Args:
-            far: called with un-rotated q `[B, H, T, P]`, k and v `[B, G, S, P]`; returns FarKeys.
-
-        Returns:
-            The attention output `[B, T, H, P]`, and all keys and values `[B, S, G, P]`, cached
-            ones first, for the state.
-        """
-        q, k, v = self.project(x, state)
-        sizes = {"window_size": window_size, "chunk_size": chunk_size, "chunk_shift": chunk_shift}
-        return self.attend_to(q, k, v, segments, far=far, **sizes), k, v
-
-    def project(self, x: Tensor, state: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, T, H, P]`, and keys and values `[B, S, G, P]`, cached ones first."""
-        q = self.heads(self.q_proj(x), self.n_heads)
-        k = self.heads(self.k_proj(x), self.n_kv_heads)
-        v = self.heads(self.v_proj(x), self.n_kv_heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if state is not None:
-            k = torch.cat([state.k.to(k.dtype), k], dim=1)
-            v = torch.cat([state.v.to(v.dtype), v], dim=1)
-        return q, k, v
-
-    def attend_to(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segments: Segments | None,
-        *,
-        far: Any = None,
-        **sizes: Any,
-    ) -> Tensor:
-        """Rotate and attend: what `project` returns, to `[B, T, H, P]`.
-
-        Args:
-            far: as for `attend`.
-            sizes: of the window or chunk, as for `sparse_attention`.
-        """
-        far_keys: FarKeys | None = None
-        queries, keys, values = (z.transpose(1, 2) for z in (q, k, v))
-        if far is not None:
-            far_keys = far(queries, keys, values)
-        if self.rope_base is not None:
-            # Only distances matter: a key's angle counts from the first cached key.
-            scaling = self.projection.rope_scaling
-            cos, sin = rotary_table(k.shape[1], self.head_dim, self.rope_base, q, scaling)
-            skip = k.shape[1] - q.shape[1]
-            queries, keys = rotate(queries, (cos[skip:], sin[skip:])), rotate(keys, (cos, sin))
-        y = sparse_attention(
-            queries,
-            keys,
-            values,
-            segments=segments,
-            far=far_keys,
-            dropout_p=self.dropout if self.training else 0.0,
-            **sizes,
-        )
-        return y.transpose(1, 2)
-
-    def cache_fields(self, size: int | None) -> dict[str, Field]:
-        """Fields of a cache of the last `size` keys and values; None: of all."""
-        shape = (size, self.n_kv_heads, self.head_dim)
-        return {"k": Field(shape), "v": Field(shape)}
-
-    def cache(
-        self,
-        k: Tensor,
-        v: Tensor,
-        size: int,
-        segments: Segments | None,
-        first: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The last `size` keys and values of each row: see `tail`."""
-        return {"k": tail(k, size, segments, first), "v": tail(v, size, segments, first)}
+def __getattr__(name: str) -> Any:
+    # Modules and states that were pickled when these classes were defined here.
+    moved = {
+        "AttentionLayer": "attention",
+        "KeyValueState": "attention",
+        "Projection": "attention",
+        "HeadNorm": "norms",
+    }
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"longctx_layers.layers.{moved[name]}"), name)

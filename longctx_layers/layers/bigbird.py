@@ -7,22 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx_layers.layers.base import AttentionLayer, Projection
-from longctx_layers.layers.pieces import lengths
-from longctx_layers.layers.state import Field
+from longctx_layers.layers.attention import AttentionLayer, KeyValueState, Projection
+from longctx_layers.layers.splitting import split_lengths
+from longctx_layers.layers.state import Field, cache_tail
+from longctx_layers.layers.window import windowed_keys_per_query
 from longctx_layers.ops import FarKeys, Segments
 from longctx_layers.ops.attention.far import RANDOM_BLOCK, far_cached_keys
 from longctx_layers.ops.checks import expect_count, expect_positive
 from longctx_layers.ops.segments import cover
 
 
-class BigBird(AttentionLayer):
-    """Window attention that also sees the segment's first tokens and some random ones.
+class BigBird(AttentionLayer[KeyValueState]):
+    """Window attention in which queries also see global tokens and a few random earlier ones.
 
-    Each block of 64 queries draws `n_random_tokens` keys from those between the global tokens and
-    the window, by a hash of seed, head and block: they depend on positions alone. Keys outside the
-    window are matched by content, without rotary embedding. As they may lie anywhere, the state
-    holds all keys and values and grows with every token.
+    Time is linear in the length, but the state grows with it: random keys may lie anywhere, so
+    that all keys and values are kept. Each block of 64 queries draws `n_random_tokens` keys from
+    those between the global tokens and the window, by a hash of seed, head and block, so that they
+    depend on positions alone. Keys outside the window are matched by content, without rotary
+    embedding.
+
+    >>> layer = BigBird(64, 4, window_size=16, n_random_tokens=4, n_global_tokens=2)
+    >>> y, state = layer(torch.randn(2, 100, 64))
+    >>> state.k.shape  # all 100 keys
+    torch.Size([2, 100, 4, 16])
 
     Args:
         d_model, n_heads, n_kv_heads, rope_base, dropout, projection, device, dtype: as for
@@ -34,6 +41,10 @@ class BigBird(AttentionLayer):
 
     Source: Zaheer et al., BigBird, arXiv 2007.14062.
     """
+
+    state_type = KeyValueState
+    label = "BigBird"
+    style = ("#E69F00", "v")
 
     def __init__(
         self,
@@ -65,9 +76,23 @@ class BigBird(AttentionLayer):
         expect_count("n_random_tokens", n_random_tokens)
         expect_count("n_global_tokens", n_global_tokens)
         expect_count("seed", seed)
-        self.window_size, self.n_random_tokens = window_size, n_random_tokens
-        self.n_global_tokens, self.seed = n_global_tokens, seed
+        self.window_size = window_size
+        self.n_random_tokens = n_random_tokens
+        self.n_global_tokens = n_global_tokens
+        self.seed = seed
         self.reset_parameters()
+
+    @property
+    def reach(self) -> int | None:
+        return self.window_size
+
+    def set_reach(self, size: int) -> None:
+        self.window_size = size
+
+    def keys_per_query(self, length: int) -> float:
+        near = windowed_keys_per_query(self.window_size, self.n_global_tokens, length)
+        # The first block of queries has no random keys.
+        return near + self.n_random_tokens * max(0, length - RANDOM_BLOCK) / length
 
     def fields(self) -> dict[str, Field]:
         return self.cache_fields(None)
@@ -82,40 +107,54 @@ class BigBird(AttentionLayer):
         q, k, v = self.project(x, state)
         queries, keys, values = (z.transpose(1, 2) for z in (q, k, v))
         far = far_cached_keys(queries, keys, values, **self.options(), segments=segments)
-        y = self._attend_in_pieces(q, k, v, segments, far)
-        return y.flatten(2), self.cache(k, v, k.shape[1], segments)
+        y = self._attend_in_parts(q, k, v, segments, far)
+        return self.o_proj(y.flatten(2)), cache_tail(k, v, k.shape[1], segments)
 
-    def _attend_in_pieces(
+    def _attend_in_parts(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, far: FarKeys | None
     ) -> Tensor:
-        """Attention `[B, T, H, P]`, on a CPU a few tokens at a time, so that scores stay in caches.
+        """Attention `[B, T, H, P]`; on a CPU a few tokens at a time, so that scores fit caches.
 
         Tensors are split once: the gradient of each of many slices would be as large as the whole.
         """
-        (batch, length), prefix, reach = q.shape[:2], k.shape[1] - q.shape[1], self.window_size - 1
+        batch, length = q.shape[:2]
+        cached = k.shape[1] - length
+        outside = self.window_size - 1  # keys of earlier parts that a part's queries see
         sizes = [length]
         if q.device.type == "cpu" and not torch.compiler.is_compiling():
-            grain = max(1, cover(reach, RANDOM_BLOCK)) * RANDOM_BLOCK
-            sizes = lengths(batch, length, grain, 0)
-        own = [prefix + sizes[0], *sizes[1:]]
-        lists = [None] * len(sizes) if far is None else far.split(sizes)
-        offset, ys, before = 0, [], (k[:, :0], v[:, :0])
-        for queries, *cached, some in zip(
-            q.split(sizes, 1), k.split(own, 1), v.split(own, 1), lists, strict=True
+            multiple = max(1, cover(outside, RANDOM_BLOCK)) * RANDOM_BLOCK
+            sizes = split_lengths(batch, length, multiple, 0)
+        key_sizes = [cached + sizes[0], *sizes[1:]]
+        far_parts = [None] * len(sizes) if far is None else far.split(sizes)
+        offset = 0
+        ys = []
+        before_k = k[:, :0]
+        before_v = v[:, :0]
+        for part_q, part_k, part_v, part_far in zip(
+            q.split(sizes, 1), k.split(key_sizes, 1), v.split(key_sizes, 1), far_parts, strict=True
         ):
-            keys, values = (torch.cat(z, dim=1) for z in zip(before, cached, strict=True))
-            part = segments
+            part_segments = segments
             if segments is not None and len(sizes) > 1:
-                part = segments.part(offset, queries.shape[1])
-            ys.append(self._attend_piece(queries, keys, values, part, some))
-            before = tuple(z[:, max(z.shape[1] - reach, 0) :] for z in cached)
-            offset += queries.shape[1]
+                part_segments = segments.part(offset, part_q.shape[1])
+            y = self.attend(
+                part_q,
+                torch.cat([before_k, part_k], dim=1),
+                torch.cat([before_v, part_v], dim=1),
+                part_segments,
+                window_size=self.window_size,
+                far=part_far,
+            )
+            ys.append(y)
+            first = max(part_k.shape[1] - outside, 0)
+            before_k = part_k[:, first:]
+            before_v = part_v[:, first:]
+            offset += part_q.shape[1]
         return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)
 
-    def _attend_piece(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, far: FarKeys | None
-    ) -> Tensor:
-        def unrotated(queries: Tensor, *_: Tensor) -> FarKeys | None:
-            return None if far is None else far._replace(q=queries)
-
-        return self.attend_to(q, k, v, segments, window_size=self.window_size, far=unrotated)
+    @classmethod
+    def test_cases(cls) -> dict[str, dict[str, Any]]:
+        random = {"window_size": 70, "n_random_tokens": 3, "n_global_tokens": 0, "seed": 7}
+        return {
+            "": {"window_size": 5, "n_random_tokens": 3, "n_global_tokens": 2},
+            "random": random,
+        }

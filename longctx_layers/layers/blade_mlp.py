@@ -1,8 +1,9 @@
-"""BLADE's original state update: one vector per segment, renewed after every chunk."""
+"""BLADE's original state update: one vector per segment, updated after every chunk."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,127 +12,171 @@ from torch import Tensor, nn
 from longctx_layers.ops import Segments
 from longctx_layers.ops.segments import chunk_start
 
-if TYPE_CHECKING:
-    from longctx_layers.layers.blade import BLADE, BLADEState
+# From a chunk of each row, the state or None, and segments, to attention, keys and values.
+Attend = Callable[[Tensor, Any, Segments | None], tuple[Tensor, Tensor, Tensor]]
+
+
+class ChunkPlan(NamedTuple):
+    """Which tokens of each row make up its chunks; the first chunk may have begun in another call.
+
+    Attributes:
+        segments: of the call.
+        begin: `[B, T]`, the index at which the token's chunk begins, within its segment.
+        number: `[B, T]`, the chunk of each token, counted along its row.
+        offset, n_tokens: `[B, C]`, each chunk's first token in this call, and how many follow.
+        chunk_size, chunk_shift: as for `BLADE`.
+    """
+
+    segments: Segments
+    begin: Tensor
+    number: Tensor
+    offset: Tensor
+    n_tokens: Tensor
+    chunk_size: int
+    chunk_shift: int
+
+    def end(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
+        """How chunk c of each row ends.
+
+        Returns:
+            Three tensors `[B]`: its number of tokens, those of earlier calls included; whether it
+            is finished, so that the next token begins another; whether its segment is, too.
+        """
+        end = self.offset[:, c] + self.n_tokens[:, c]
+        last = (end - 1).clamp(min=0)[:, None]
+        begin = self.begin.gather(1, last).squeeze(1)
+        # The start of the segment of the next token, in this call or in a later one.
+        within = end.clamp(max=self.begin.shape[1] - 1)[:, None]
+        start = self.segments.start.gather(1, within).squeeze(1)
+        start = torch.where(end == self.segments.length, self.segments.next_start(), start)
+        new_segment = start == end
+        finished = chunk_start(end, start, self.chunk_size, self.chunk_shift) == end
+        return end - begin, (finished | new_segment) & (self.n_tokens[:, c] > 0), new_segment
+
+    def by_token(self, chunks: list[Tensor]) -> Tensor:
+        """Chunks `[B, chunk_size, ...]` to their tokens `[B, T, ...]`."""
+        joined = torch.cat(chunks, dim=1)
+        index = torch.arange(self.number.shape[1], device=joined.device)
+        row = self.number * self.chunk_size + index - self.offset.gather(1, self.number)
+        row = row.clamp(0, joined.shape[1] - 1)[..., None, None]
+        return joined.gather(1, row.expand(-1, -1, *joined.shape[2:]))
+
+
+def plan_chunks(
+    x: Tensor, segments: Segments | None, chunk_size: int, chunk_shift: int
+) -> ChunkPlan:
+    """Find the chunks of a call with x `[B, T, D]`."""
+    batch, length, _ = x.shape
+    index = torch.arange(length, device=x.device)
+    one_segment = segments is None
+    if segments is None:
+        segments = Segments(
+            torch.zeros(batch, length, dtype=torch.int64, device=x.device),
+            torch.full((batch,), length, device=x.device),
+        )
+    begin = chunk_start(index, segments.start, chunk_size, chunk_shift)
+    begin = torch.maximum(begin, segments.start)
+    number = ((begin == index) & (index > 0)).cumsum(1)
+    if one_segment:
+        n_chunks = 1 + (length - 1 - chunk_shift) // chunk_size + int(chunk_shift > 0)
+    elif length == 1:
+        n_chunks = 1  # without a look at the data, so that decoding is one graph
+    else:
+        n_chunks = int(number.max()) + 1
+    count = torch.zeros(batch, n_chunks, dtype=torch.int64, device=x.device)
+    count = count.scatter_add(1, number, segments.real().to(torch.int64))
+    offset = count.cumsum(1) - count
+    return ChunkPlan(segments, begin, number, offset, count, chunk_size, chunk_shift)
 
 
 class MlpUpdate(nn.Module):
     """`u + W_inj h` into the next chunk, and `h = MLP(mean of the chunk's attention output)`.
 
-    Chunks run one after another. In packed or continued rows of several tokens their number depends
-    on the data, which a graph of torch.compile can't hold.
+    Chunks run one after another. In packed or continued rows of several tokens, their number
+    depends on the data, which a graph of torch.compile cannot express.
+
+    Args:
+        linear: makes a projection; `Layer.linear`.
+        d_model: width of the layer's input.
+        inner: width of the attention's output, all heads together.
+        state_dim: width of the state.
     """
 
-    def __init__(self, layer: BLADE, state_dim: int) -> None:
+    def __init__(
+        self, linear: Callable[..., nn.Linear], d_model: int, inner: int, state_dim: int
+    ) -> None:
         super().__init__()
         # A weak loop over the chunks: at gains above 1 the state would grow without bound.
-        self.inject = layer.linear(state_dim, layer.d_model, scale=0.5)
-        self.hidden = layer.linear(layer.n_heads * layer.head_dim, state_dim, bias=True)
-        self.out = layer.linear(state_dim, state_dim, bias=True)
+        self.inject = linear(state_dim, d_model, scale=0.5)
+        self.hidden = linear(inner, state_dim, bias=True)
+        self.out = linear(state_dim, state_dim, bias=True)
 
     def update(self, total: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
-        """The state behind a chunk, from the sum `[B, H * P]` over its `[B]` tokens.
+        """The state after a chunk, from the sum `[B, H * P]` over its `[B]` tokens.
 
-        `dtype` is that of the activations: quantised weights have one of integers.
+        `dtype` is that of the activations: quantised weights have an integer one.
         """
         mean = (total / count.clamp(min=1)[:, None]).to(dtype)
         return self.out(F.gelu(self.hidden(mean))).to(total.dtype)
 
     def forward(
-        self, layer: BLADE, x: Tensor, state: BLADEState | None, segments: Segments | None
+        self,
+        x: Tensor,
+        h: Tensor,
+        total: Tensor,
+        state: Any,
+        segments: Segments | None,
+        *,
+        attend: Attend,
+        chunk_size: int,
+        chunk_shift: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Outputs, keys and values as `attend` gives them, h, and the open chunk's sum."""
-        batch, length, _ = x.shape
-        index = torch.arange(length, device=x.device)
-        if segments is None:
-            packed = Segments(
-                torch.zeros(batch, length, dtype=torch.int64, device=x.device),
-                torch.full((batch,), length, device=x.device),
-            )
-        else:
-            packed = segments
-        begin = chunk_start(index, packed.start, layer.chunk_size, layer.chunk_shift)
-        begin = torch.maximum(begin, packed.start)
-        # Chunks of each row by number; the first may have begun in an earlier call.
-        number = ((begin == index) & (index > 0)).cumsum(1)
-        if segments is None:
-            chunks = 1 + (length - 1 - layer.chunk_shift) // layer.chunk_size
-            chunks += int(layer.chunk_shift > 0)
-        else:
-            # One token needs no look at the data, so that decoding is one graph.
-            chunks = int(number.max()) + 1 if number.numel() > batch else 1
-        count = torch.zeros(batch, chunks, dtype=torch.int64, device=x.device)
-        count = count.scatter_add(1, number, packed.real().to(torch.int64))
-        offset = count.cumsum(1) - count
+        """Attention `[B, T, H, P]` with its keys and values, h, and the unfinished chunk's sum.
 
-        precise = torch.promote_types(x.dtype, torch.float32)
-        if state is None:
-            h = x.new_zeros(batch, layer.state_dim, dtype=precise)
-            total = x.new_zeros(batch, layer.n_heads * layer.head_dim, dtype=precise)
-        else:
-            goes_on = packed.start[:, :1] < 0
-            h = torch.where(goes_on, state.readable, 0)
-            total = torch.where(goes_on, state.pending, 0)
-        outputs, keys, values = [], [], []
-        for c in range(chunks):
-            cached: Any = state if c == 0 else None
-            first = begin[:, 0] if c == 0 else None
-            o, k, v = self._chunk(layer, x, h, offset[:, c], count[:, c], cached, first)
+        Args:
+            x: `[B, T, D]`.
+            h, total: the state `[B, N]` and the unfinished chunk's sum `[B, H * P]` before x.
+            state: what `attend` needs to continue an unfinished chunk, or None.
+            segments: of x; None for one new segment without padding.
+            attend: computes the attention of one chunk of every row.
+            chunk_size, chunk_shift: as for `BLADE`.
+        """
+        plan = plan_chunks(x, segments, chunk_size, chunk_shift)
+        outputs = []
+        keys = []
+        values = []
+        for c in range(plan.n_tokens.shape[1]):
+            chunk = self._chunk(x, h, plan, c)
+            if c == 0 and state is not None:
+                start = plan.begin[:, :1].expand(-1, chunk_size)
+                o, k, v = attend(chunk, state, Segments(start, plan.n_tokens[:, 0]))
+            else:
+                o, k, v = attend(chunk, None, None)
             outputs.append(o)
             keys.append(k)
             values.append(v)
-            inside = torch.arange(o.shape[1], device=x.device) < count[:, c, None]
-            total = total + torch.where(inside[..., None], o.flatten(2), 0).to(precise).sum(1)
-            # The chunk is over where the next token, here or in a later call, begins another.
-            end = offset[:, c] + count[:, c]
-            last = end == packed.length
-            start = packed.start.gather(1, end.clamp(max=length - 1)[:, None]).squeeze(1)
-            start = torch.where(last, packed.next_start(), start)
-            over = chunk_start(end, start, layer.chunk_size, layer.chunk_shift) == end
-            over = (over | (start == end)) & (count[:, c] > 0)
-            origin = begin.gather(1, (end - 1).clamp(min=0)[:, None]).squeeze(1)
-            renewed = self.update(total, end - origin, x.dtype)
-            renewed = torch.where((start == end)[:, None], 0, renewed)
-            h = torch.where(over[:, None], renewed, h)
-            total = torch.where(over[:, None], 0, total)
-        # Every parameter gets a gradient, even where no chunk was ever finished. By way of the
-        # parameters, not of `renewed`: 0 times a row's NaN would be every row's.
-        trained = (*self.hidden.parameters(), *self.out.parameters())
-        unused = sum(p.sum() for p in trained if p.requires_grad)
-        outputs[-1] = outputs[-1] + 0 * unused
+            inside = torch.arange(chunk_size, device=x.device) < plan.n_tokens[:, c, None]
+            total = total + torch.where(inside[..., None], o.flatten(2), 0).to(total.dtype).sum(1)
+            size, finished, new_segment = plan.end(c)
+            updated = self.update(total, size, x.dtype)
+            updated = torch.where(new_segment[:, None], 0, updated)
+            h = torch.where(finished[:, None], updated, h)
+            total = torch.where(finished[:, None], 0, total)
+        outputs[-1] = outputs[-1] + 0 * self._all_weights()
+        return plan.by_token(outputs), plan.by_token(keys), plan.by_token(values), h, total
 
-        row = number * layer.chunk_size + index - offset.gather(1, number)
-        row = row.clamp(0, chunks * layer.chunk_size - 1)[..., None, None]
-
-        def by_token(pieces: list[Tensor]) -> Tensor:
-            joined = torch.cat(pieces, dim=1)
-            return joined.gather(1, row.expand(-1, -1, *joined.shape[2:]))
-
-        k, v = by_token(keys), by_token(values)
-        if state is not None:
-            k = torch.cat([state.k.to(k.dtype), k], dim=1)
-            v = torch.cat([state.v.to(v.dtype), v], dim=1)
-        return by_token(outputs), k, v, h, total
-
-    def _chunk(
-        self,
-        layer: BLADE,
-        x: Tensor,
-        h: Tensor,
-        offset: Tensor,
-        count: Tensor,
-        state: Any,
-        first: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One chunk of every row, `[B, C, H, P]`; the first goes on where `state` stopped."""
-        size = layer.chunk_size
-        index = torch.arange(size, device=x.device)
-        at = (offset[:, None] + index).clamp(max=x.shape[1] - 1)
+    def _chunk(self, x: Tensor, h: Tensor, plan: ChunkPlan, c: int) -> Tensor:
+        """The tokens of chunk c of each row `[B, chunk_size, D]`, with the state added."""
+        index = torch.arange(plan.chunk_size, device=x.device)
+        at = (plan.offset[:, c, None] + index).clamp(max=x.shape[1] - 1)
         u = x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
-        u = torch.where((index < count[:, None])[..., None], u, 0)
-        u = u + self.inject(h.to(u.dtype))[:, None]
-        segments = None
-        if state is not None and first is not None:
-            segments = Segments(first[:, None].expand(-1, size), count)
-        o, k, v = layer.attend(u, state, segments, window_size=size, far=layer.memory(u))
-        return o, k[:, -size:], v[:, -size:]
+        u = torch.where((index < plan.n_tokens[:, c, None])[..., None], u, 0)
+        return u + self.inject(h.to(u.dtype))[:, None]
+
+    def _all_weights(self) -> Tensor | int:
+        """The sum of all weights: times 0, it gives each a gradient if no chunk was finished.
+
+        Not by way of an updated state: 0 times the NaN of one row would be NaN in every row.
+        """
+        weights = (*self.hidden.parameters(), *self.out.parameters())
+        return sum(weight.sum() for weight in weights if weight.requires_grad)

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx_layers.layers.base import AttentionLayer, Projection
-from longctx_layers.layers.state import Field
+from longctx_layers.layers.attention import AttentionLayer, KeyValueState, Projection
+from longctx_layers.layers.state import Field, cache_tail
 from longctx_layers.ops import Segments
 
 
-class CausalAttention(AttentionLayer):
-    """Multi-head attention over all earlier tokens of the segment, with rotary embedding.
+class CausalAttention(AttentionLayer[KeyValueState]):
+    """Full attention to all earlier tokens of the segment, the baseline for the other layers.
 
-    `y, state = layer(x, state=None, *, segment_ids=None)`, x and y `[B, T, d_model]`. The state
-    holds all keys and values: it grows with every column of x, pads included.
+    Its state holds all keys and values, so that it grows with every token, padding included.
+
+    >>> layer = CausalAttention(64, 4)
+    >>> y, state = layer(torch.randn(2, 100, 64))
+    >>> y, state = layer(torch.randn(2, 1, 64), state)  # the next token of each row
 
     Args:
         d_model: width of x.
@@ -29,6 +32,10 @@ class CausalAttention(AttentionLayer):
 
     Source: Vaswani et al., arXiv 1706.03762.
     """
+
+    state_type = KeyValueState
+    label = "vanilla (full attention)"
+    style = ("#000000", "s")
 
     def __init__(
         self,
@@ -60,5 +67,10 @@ class CausalAttention(AttentionLayer):
     def mix(
         self, x: Tensor, state: Any, segments: Segments | None, offset: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, k, v = self.attend(x, state, segments)
-        return y.flatten(2), self.cache(k, v, k.shape[1], segments)
+        q, k, v = self.project(x, state)
+        y = self.attend(q, k, v, segments)
+        return self.o_proj(y.flatten(2)), cache_tail(k, v, k.shape[1], segments)
+
+    @classmethod
+    def test_cases(cls) -> dict[str, dict[str, Any]]:
+        return {"": {}, "no-rope": {"rope_base": None}}

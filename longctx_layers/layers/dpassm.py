@@ -1,25 +1,26 @@
-"""DPASSM: window attention beside a state-space model, fused by a learned gate per token."""
+"""DPASSM: window attention and a state-space model, combined by a learned gate per token."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from longctx_layers.layers.base import HeadNorm, Projection
-from longctx_layers.layers.fusion import fuse
+from longctx_layers.layers.attention import Projection
+from longctx_layers.layers.base import Probe
+from longctx_layers.layers.norms import HeadNorm, fuse
 from longctx_layers.layers.parameters import Gate
-from longctx_layers.layers.ssm import (
+from longctx_layers.layers.state import Field
+from longctx_layers.layers.state_space import (
     CONV_WIDTH,
     DiagonalSSM,
     SelectiveProjection,
     no_conv,
-    restarting,
+    two_path_probes,
 )
-from longctx_layers.layers.state import Field
-from longctx_layers.layers.window import WindowAttention
-from longctx_layers.ops import Segments, ssd
+from longctx_layers.layers.window import WindowLayer
+from longctx_layers.ops import Segments
 from longctx_layers.ops.checks import expect_choice, expect_positive
 
 
@@ -32,7 +33,7 @@ class DPASSMState(NamedTuple):
         conv: `[B, 3, channels]`, the last inputs of the short convolution (no channels without).
         h: the state space, float32 at least: `[B, H, P, N]` selective, `[B, N]` diagonal, `[B, 0]`
             without one.
-        position: `[B]` int64, where in its segment the row's next token will stand.
+        position: `[B]` int64, the position in its segment of the row's next token.
         segment: `[B]` int64, id of the row's segment; -1 before its first token.
     """
 
@@ -46,12 +47,17 @@ class DPASSMState(NamedTuple):
     segment: Tensor
 
 
-class DPASSM(WindowAttention):
-    """Dual path: window attention o and a state space s over the same input, fused per token.
+class DPASSM(WindowLayer[DPASSMState]):
+    """Attention for long contexts at constant cost per token: a window, and a recurrent memory.
 
-    `y = W_o (g * RMSNorm(o) + (1 - g) * RMSNorm(s))`, `g = sigmoid(W_g u + b_g)`, norms per head;
-    the gate begins as the mean of both paths. `y, state = layer(x, state=None, *,
-    segment_ids=None)`, x and y `[B, T, d_model]`. The state's size is constant in T.
+    Two paths see the same input u: window attention o, and a state space s that carries what has
+    left the window. A gate weighs them per channel: `y = W_o (g * RMSNorm(o) + (1 - g) *
+    RMSNorm(s))`, `g = sigmoid(W_g u + b_g)`, with norms per head. At first it takes the mean of
+    both. The state's size is constant in the length.
+
+    >>> layer = DPASSM(64, 4, window_size=16)
+    >>> y, state = layer(torch.randn(2, 100, 64))
+    >>> y, state = layer(torch.randn(2, 1, 64), state)  # the next token of each row
 
     Args:
         d_model, n_heads, n_kv_heads, rope_base, dropout, projection, device, dtype: as for
@@ -68,6 +74,8 @@ class DPASSM(WindowAttention):
     """
 
     state_type = DPASSMState
+    label = "DPASSM"
+    style = ("#0072B2", "o")
 
     def __init__(
         self,
@@ -101,7 +109,9 @@ class DPASSM(WindowAttention):
         expect_positive("ssm_state_dim", ssm_state_dim)
         expect_choice("ssm", ssm, ("selective", "diagonal", None))
         expect_choice("fuse", fuse, ("gate", "residual"))
-        self.ssm_state_dim, self.ssm, self.fuse = ssm_state_dim, ssm, fuse
+        self.ssm_state_dim = ssm_state_dim
+        self.ssm = ssm
+        self.fuse = fuse
         self.state_space: SelectiveProjection | DiagonalSSM | None = None
         if ssm == "selective":
             self.state_space = SelectiveProjection(self, ssm_state_dim)
@@ -114,6 +124,18 @@ class DPASSM(WindowAttention):
             if fuse == "gate":
                 self.norm_o = HeadNorm(self.n_heads, self.head_dim, **self.factory)
         self.reset_parameters()
+
+    @property
+    def path_gate(self) -> nn.Module | None:
+        return None if self.ssm is None else self.gate_proj
+
+    def probes(self) -> list[Probe]:
+        return two_path_probes(self.path_gate, self.state_space)
+
+    def flops_per_token(self, length: int) -> float:
+        flops = super().flops_per_token(length)
+        space = self.state_space
+        return flops if space is None else flops + space.flops_per_token()
 
     def fields(self) -> dict[str, Field]:
         channels = 0
@@ -139,25 +161,29 @@ class DPASSM(WindowAttention):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         o, kept = self.attend_window(x, state, segments, offset)
         if self.ssm is None:
-            h = x.new_zeros(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
-            return o.flatten(2), {**kept, "conv": no_conv(x), "h": h}
-        s, conv, h = self._state_space(x, state, segments)
-        z = self.heads(self.gate_proj(x), self.n_heads)
+            kept["conv"] = no_conv(x)
+            kept["h"] = x.new_zeros(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
+            return self.o_proj(o.flatten(2)), kept
+        conv = None if state is None else state.conv
+        h = None if state is None else state.h
+        # PEFT wraps modules that it trains whole: the path is known by its methods, not its class.
+        path = cast("SelectiveProjection | DiagonalSSM", self.state_space)
+        s, kept["conv"], kept["h"] = path.run(x, conv, h, segments)
+        if self.ssm == "diagonal":
+            s = self.heads(s, self.n_heads)
+        z = self.gate_proj(x).unflatten(-1, o.shape[2:])
         if self.fuse == "gate":
             y = fuse(z, o, s, self.norm_o, self.norm_s)
         else:
             y = o + (1 - torch.sigmoid(z)) * self.norm_s(s)
-        return y.flatten(2), {**kept, "conv": conv, "h": h}
+        return self.o_proj(y.flatten(2)), kept
 
-    def _state_space(
-        self, x: Tensor, state: Any, segments: Segments | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """s `[B, T, H, P]`, the conv tail and h."""
-        h = None if state is None else state.h
-        if self.ssm == "diagonal":
-            s, h = cast("DiagonalSSM", self.state_space)(x, h, segments)
-            return self.heads(s, self.n_heads), no_conv(s), h
-        selective = cast("SelectiveProjection", self.state_space)
-        *inputs, conv = selective(x, None if state is None else state.conv, segments)
-        s, h = ssd(*inputs, initial_state=h, segments=restarting(segments))
-        return selective.add_skip(s, inputs[0]), conv, h
+    @classmethod
+    def test_cases(cls) -> dict[str, dict[str, Any]]:
+        return {
+            "": {"window_size": 5, "ssm_state_dim": 3},
+            "diagonal": {"window_size": 5, "ssm_state_dim": 3, "ssm": "diagonal"},
+            "none": {"window_size": 4, "ssm": None},
+            "global": {"window_size": 4, "ssm_state_dim": 3, "n_global_tokens": 2},
+            "residual": {"window_size": 6, "ssm_state_dim": 3, "fuse": "residual"},
+        }

@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from longctx_layers.layers.base import Projection
-from longctx_layers.layers.window import WindowAttention
-from longctx_layers.ops import Segments
+from longctx_layers.layers.attention import Projection
+from longctx_layers.layers.rotary import RopeScaling
+from longctx_layers.layers.window import LongformerState, WindowAttention
 
-
-class LongformerState(NamedTuple):
-    """The window's keys and values, and the segment's global ones.
-
-    Attributes:
-        k, v: `[B, window_size - 1, G, P]`, right-aligned, zeros where the segment has fewer.
-        global_k, global_v: `[B, n_global_tokens, G, P]`, left-aligned.
-        position: `[B]` int64, where in its segment the row's next token will stand.
-        segment: `[B]` int64, id of the row's segment; -1 before its first token.
-    """
-
-    k: Tensor
-    v: Tensor
-    global_k: Tensor
-    global_v: Tensor
-    position: Tensor
-    segment: Tensor
+__all__ = ["Longformer", "LongformerState"]
 
 
 class Longformer(WindowAttention):
-    """Window attention that also sees the first tokens of its segment; constant state.
+    """Window attention in which every query also sees the first tokens of its segment.
 
-    `y, state = layer(x, state=None, *, segment_ids=None)`, x and y `[B, T, d_model]`. A global
-    token outside the window is matched by content, with key and value projections of its own
-    (they begin as copies of the local ones). With `n_global_tokens=0` they do not exist, and this
-    is plain window attention, which the registry calls `window`.
+    For texts whose beginning (an instruction, say) must stay visible at any length. A global token
+    outside the window is matched by content, with key and value projections of its own, which
+    start as copies of the local ones. The state is constant in the length.
+
+    >>> layer = Longformer(64, 4, window_size=16, n_global_tokens=2)
+    >>> y, state = layer(torch.randn(2, 100, 64))
+    >>> state.global_k.shape
+    torch.Size([2, 2, 4, 16])
 
     Args:
         d_model, n_heads, n_kv_heads, rope_base, dropout, projection, device, dtype: as for
             `CausalAttention`.
         window_size: keys in the window, the query's own included.
-        n_global_tokens: first tokens of the segment that every query sees.
+        n_global_tokens: first tokens of the segment that every query sees. With 0 of them the
+            layer is `WindowAttention`.
 
     Source: Beltagy et al., Longformer, arXiv 2004.05150.
     """
 
-    state_type = LongformerState
+    label = "Longformer"
+    style = ("#CC79A7", "D")
 
     def __init__(
         self,
@@ -75,10 +64,14 @@ class Longformer(WindowAttention):
             device=device,
             dtype=dtype,
         )
-        self.reset_parameters()
 
-    def mix(
-        self, x: Tensor, state: Any, segments: Segments | None, offset: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, kept = self.attend_window(x, state, segments, offset)
-        return y.flatten(2), kept
+    @classmethod
+    def test_cases(cls) -> dict[str, dict[str, Any]]:
+        biased = Projection(
+            head_dim=6, bias=True, out_bias=True, qk_norm=True, rope_scaling=RopeScaling(3.0, 16)
+        )
+        return {
+            "": {"window_size": 5, "n_global_tokens": 2},
+            "biased": {"window_size": 4, "n_global_tokens": 3, "projection": biased},
+            "1": {"window_size": 1, "n_global_tokens": 3},
+        }

@@ -70,10 +70,15 @@ def rotary_table(
     """
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     precise = torch.promote_types(like.dtype, torch.float32)
-    plain = type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
-    if torch.compiler.is_compiling() or transformed():
-        plain = False
-    compute = _kept if plain and length <= _LONGEST_KEPT else _compute
+    # Not while something traces or transforms the call, which would follow the table's tensors.
+    keep = (
+        length <= _LONGEST_KEPT
+        and like.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(like) in (Tensor, nn.Parameter)
+        and not transformed()
+    )
+    compute = _kept if keep else _compute
     return compute(length, dim, base, scaling, like.device, wide, precise)
 
 

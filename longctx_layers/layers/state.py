@@ -160,3 +160,10 @@ def tail(x: Tensor, size: int, segments: Segments | None, first: Tensor | None =
     kept = flat.gather(1, at[..., None].expand(-1, -1, flat.shape[2]))
     kept = torch.where((index >= first[:, None])[..., None], kept, 0)
     return kept.view(len(x), size, *x.shape[2:])
+
+
+def cache_tail(
+    k: Tensor, v: Tensor, size: int, segments: Segments | None, first: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The new state's `k` and `v`: the last `size` keys and values of each row; see `tail`."""
+    return {"k": tail(k, size, segments, first), "v": tail(v, size, segments, first)}

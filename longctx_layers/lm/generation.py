@@ -1,28 +1,59 @@
-"""Sampling from a language model, in memory that does not grow with the prompt."""
+"""Text generation with any model that carries a state from call to call, in constant memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from longctx_layers.layers.parameters import device_of
 from longctx_layers.ops.checks import expect_count, expect_number, expect_positive
 from longctx_layers.ops.segments import PAD_SEGMENT as PAD_SEGMENT  # also importable from here
 from longctx_layers.ops.state_space.tiles import running_sum
 
-if TYPE_CHECKING:
-    from longctx_layers.lm.model import LongContextLM
+
+class StreamingModel(Protocol):
+    """What `generate` needs of a model: an `nn.Module` with one more method and two attributes.
+
+    `LongContextLM` has them. A model of your own that is built from these layers gets them in a few
+    lines: see examples/integrations/nanogpt.py.
+
+    Attributes:
+        vocab_size: the number of token ids.
+        device: where token ids are expected.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def advance(self, ids: Tensor, state: Any, segment_ids: Tensor | None) -> tuple[Tensor, Any]:
+        """Read more tokens.
+
+        Args:
+            ids: `[B, T]` int64, T >= 1.
+            state: what the previous call returned, None for the first.
+            segment_ids: `[B, T]`, to hand to the layers: 0 at tokens, -1 at padding. None if there
+                is no padding.
+
+        Returns:
+            Logits `[B, vocab_size]` of the token after the last one, and the new state.
+        """
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
 
 
-# Not inference_mode: its tensors could not be embedded again in training.
+# Not inference_mode: its tensors could not be used as inputs of an embedding in training later.
 @torch.no_grad()
 def generate(
-    model: LongContextLM,
+    model: StreamingModel,
     prompt: Tensor | Sequence[Tensor | Sequence[int]],
     max_new_tokens: int,
     *,
@@ -33,88 +64,98 @@ def generate(
     generator: torch.Generator | None = None,
     prefill_size: int = 1024,
 ) -> Any:
-    """Continue prompts, token by token.
+    """Continue prompts token by token, greedily or by sampling.
 
-    The prompt is read in pieces, then every new token costs one step from the state, so that peak
-    memory is what the state takes: constant in the length for `dpassm`, `blade`, `window` and
-    `baseline_longformer`. Prompts of different lengths are padded at the left, which is an exact
-    no-op: each row gets what it would get alone. The model runs in evaluation mode, and is left in
-    the mode it was in.
+    The prompt is read in pieces, then each new token is one step from the state. Peak memory is
+    that of the state: independent of the length for `dpassm`, `blade`, `window` and `longformer`.
+    Prompts of different lengths are padded on the left, which changes nothing: each row gets what
+    it would get alone. The model is in evaluation mode during the call.
 
     Args:
-        model: the language model.
+        model: a `LongContextLM`, or any `StreamingModel`.
         prompt: token ids: one prompt `[T]`, prompts of one length `[B, T]`, or a list of prompts
-            of any lengths (1-D tensors, or lists of ints). No prompt may be empty. Every id of a
-            tensor is a token: prompts that were padded go without their pads, as a list.
+            of any lengths (1-D tensors, or lists of ints). No prompt may be empty. All ids of a
+            tensor are tokens: pass prompts that were padded as a list, without their padding.
         max_new_tokens: how many tokens to append at most.
         temperature: divides the logits; 0 takes the likeliest token (greedy).
-        top_k: sample among the k likeliest tokens only.
-        top_p: sample among the fewest likeliest tokens whose probabilities reach top_p together
-            (after top_k, where both are given).
-        eos: the token, or tokens, after which a row is finished.
-        generator: source of the randomness, on the model's device; torch's default otherwise.
-        prefill_size: tokens of the prompt read at once.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the smallest set of likeliest tokens whose probabilities sum to at least
+            top_p (after top_k, if both are given).
+        eos: the token or tokens after which a row is finished.
+        generator: source of randomness, on the model's device; torch's default otherwise.
+        prefill_size: tokens of the prompt to read at once.
 
     Returns:
         Prompts with their continuations, int64, on the model's device. For a tensor, a tensor
-        `[T + n]` or `[B, T + n]`, where n is the number of tokens that the longest row took, and
-        a row that finished earlier repeats the eos it ended with. For a list, a list of 1-D
-        tensors, each ending with its eos if it met one.
+        `[T + n]` or `[B, T + n]`, where n is the number of tokens that the longest row took; rows
+        that finished earlier repeat their eos. For a list, a list of 1-D tensors, each ending with
+        its eos if it has one.
 
     Raises:
         ValueError, TypeError: for an empty prompt, ids outside the vocabulary, or an option outside
             its range.
+
+    >>> model = create_model(vocab_size=256, num_params="tiny")
+    >>> text = generate(model, [[72, 105], [72, 101, 108]], max_new_tokens=5, temperature=0)
+    >>> [len(row) for row in text]
+    [7, 8]
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, prefill_size)
-    vocab_size, device = model.config.vocab_size, device_of(model.embedding, model)
-    rows = [_checked_ids("prompt", row, vocab_size, device) for row in _rows(prompt)]
-    stop = _checked_ids("eos", _as_list(eos), vocab_size, device)
+    device = model.device
+    rows = [_checked_ids("prompt", row, model.vocab_size, device) for row in _rows(prompt)]
+    stop = _checked_ids("eos", _as_list(eos), model.vocab_size, device)
     if generator is not None and generator.device.type != device.type:
         raise ValueError(
-            f"generator: expected one on {device}, as the model, got one on {generator.device}; "
-            f"use torch.Generator({str(device)!r})"
+            f"generator: expected one on {device}, where the model is, got one on "
+            f"{generator.device}; use torch.Generator({str(device)!r})"
         )
 
     ids, segment_ids = _left_padded(rows)
-    length = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    generated: list[Tensor] = []
+    generated_length = torch.zeros(len(rows), dtype=torch.int64, device=device)
     finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    n_finished = 0
-    new: list[Tensor] = []
+    finished_count = 0
     with _evaluation_mode(model):
-        state = None
-        for first in range(0, ids.shape[1] if max_new_tokens else 0, prefill_size):
-            piece = slice(first, first + prefill_size)
-            logits, state = model(
-                ids[:, piece],
-                state,
-                segment_ids=None if segment_ids is None else segment_ids[:, piece],
-                return_state=True,
-                last_only=True,
-            )
-        while len(new) < max_new_tokens:
-            if new:
-                # A finished row is fed pads: nothing for its state to do, whatever the id.
-                steps = torch.where(finished, PAD_SEGMENT, 0)[:, None] if n_finished else None
-                logits, state = model(
-                    new[-1][:, None], state, segment_ids=steps, return_state=True, last_only=True
-                )
-            token = _sample(logits[:, -1], temperature, top_k, top_p, generator)
-            new.append(torch.where(finished, new[-1], token) if n_finished else token)
-            length += ~finished
+        if max_new_tokens:
+            logits, state = _prefill(model, ids, segment_ids, prefill_size)
+        while len(generated) < max_new_tokens:
+            if generated:
+                # A finished row reads padding: its state stays as it is, whatever the id.
+                step_segments = None
+                if finished_count:
+                    step_segments = torch.where(finished, PAD_SEGMENT, 0)[:, None]
+                logits, state = model.advance(generated[-1][:, None], state, step_segments)
+            token = _sample(logits, temperature, top_k, top_p, generator)
+            if finished_count:
+                token = torch.where(finished, generated[-1], token)
+            generated.append(token)
+            generated_length += ~finished
             if len(stop):
-                finished |= torch.isin(new[-1], stop)
-                n_finished = int(finished.sum())
-                if n_finished == len(rows):
+                finished |= torch.isin(token, stop)
+                finished_count = int(finished.sum())
+                if finished_count == len(rows):
                     break
 
-    continuation = torch.stack(new, 1) if new else ids[:, :0]
+    continuation = torch.stack(generated, 1) if generated else ids[:, :0]
     if isinstance(prompt, Tensor):
         whole = torch.cat([ids, continuation], 1)
         return whole if prompt.dim() == 2 else whole[0]
-    lengths = length.tolist()
     return [
-        torch.cat([row, tail[:n]]) for row, tail, n in zip(rows, continuation, lengths, strict=True)
+        torch.cat([row, new[:length]])
+        for row, new, length in zip(rows, continuation, generated_length.tolist(), strict=True)
     ]
+
+
+def _prefill(
+    model: StreamingModel, ids: Tensor, segment_ids: Tensor | None, size: int
+) -> tuple[Tensor, Any]:
+    """Read the prompts `size` tokens at a time; returns the last logits and the state."""
+    state = None
+    for begin in range(0, ids.shape[1], size):
+        piece = slice(begin, begin + size)
+        segments = None if segment_ids is None else segment_ids[:, piece]
+        logits, state = model.advance(ids[:, piece], state, segments)
+    return logits, state
 
 
 def _sample(
@@ -141,7 +182,7 @@ def _sample(
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: StreamingModel) -> Iterator[None]:
     # Module by module: some may have been frozen in evaluation mode.
     training = [module for module in model.modules() if module.training]
     model.eval()

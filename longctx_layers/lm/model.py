@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longctx_layers.layers import build_layer
+from longctx_layers.layers import Layer, build_layer
 from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
-from longctx_layers.layers.parameters import FULL_PRECISION, is_activation_dtype, weight_of
-from longctx_layers.layers.pieces import works_by_token
+from longctx_layers.layers.parameters import (
+    FULL_PRECISION,
+    device_of,
+    is_activation_dtype,
+    weight_of,
+)
+from longctx_layers.layers.plain_modules import works_by_token
 from longctx_layers.lm import generation, pretrained
 from longctx_layers.lm.block import Block
 from longctx_layers.lm.config import ModelConfig
+from longctx_layers.lm.loss import IGNORED_LABEL, token_losses
 from longctx_layers.ops.checks import (
     expect_choice,
     expect_positive,
@@ -26,32 +33,35 @@ from longctx_layers.ops.checks import (
 )
 from longctx_layers.weight_decay import no_weight_decay
 
-IGNORED_LABEL = -100
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
 
-ModelState = tuple[Any, ...]  # one state of its layer for each block
+ModelState = tuple[Any, ...]  # the state of each block's layer
 
 
 class LongContextLM(nn.Module):
-    """Embedding, blocks, norm, head: a language model over any of the layers.
+    """A language model to train, stream and generate with: embedding, blocks, norm and head.
 
-    `logits = model(ids)`, ids `[B, T]`, logits `[B, T, vocab_size]`. Its state is a tuple with the
-    state of each block's layer, and what the layers promise (streaming is exact, segments are
-    apart, pads are no-ops) holds for the model.
+    `logits = model(ids)`, ids `[B, T]`, logits `[B, T, vocab_size]`. Its state is a tuple of the
+    states of the blocks' layers, and the layers' promises hold for the whole model: streaming is
+    exact, segments do not see each other, padding has no effect. `create_model` builds one of a
+    named size.
 
     Args:
         config: the shape of the model.
         device, dtype: of the parameters.
 
     Attributes:
-        gradient_checkpointing: whether a block's activations are computed again in the backward
-            pass instead of being kept. May be set at any time.
+        gradient_checkpointing: whether a block's activations are recomputed in the backward pass
+            instead of being kept. May be set at any time.
+
+    >>> model = create_model(vocab_size=256, num_params="tiny", block_type="dpassm")
+    >>> logits, state = model(torch.tensor([[72, 101]]), return_state=True)
+    >>> logits = model(torch.tensor([[108]]), state)  # continues after the first two tokens
     """
 
-    generate = generation.generate
-    save_pretrained = pretrained.save_pretrained
-    from_pretrained = classmethod(pretrained.from_pretrained)
-    no_weight_decay = no_weight_decay  # by this name timm asks a model
-    # Where a model of transformers contains this one, it reads the name here.
+    no_weight_decay = no_weight_decay  # timm asks a model by this name
+    # A transformers model that contains this one reads the name here.
     _keep_in_fp32_modules_strict = FULL_PRECISION
 
     def __init__(
@@ -74,7 +84,7 @@ class LongContextLM(nn.Module):
             mixer = build_layer(name, width, config.n_heads, **config.layer_options(i), **where)
             self.blocks.append(Block(mixer, config.ffn_dim, **common))
         self.norm = nn.RMSNorm(width, config.norm_eps, **where)
-        # Tied, the head is no parameter of its own: nothing to tie again after loading or sharding.
+        # A tied head is no parameter: there is nothing to tie again after loading or sharding.
         self.head = None
         if not config.tie_embeddings:
             self.head = nn.Linear(width, config.vocab_size, bias=False, **where)
@@ -87,11 +97,11 @@ class LongContextLM(nn.Module):
         self._init_ends()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, e.g. after `to_empty`.
+        """Initialise all weights, e.g. after `to_empty`.
 
-        Weights are normal with std 1 / sqrt(inputs), those of the embedding with 1 / sqrt(d_model);
-        in the projections back into the residual stream, a sum over 2 n_layers branches, the std
-        is divided by sqrt(2 n_layers). What else a layer has is the layer's affair.
+        Weights are normal with std 1 / sqrt(inputs), those of the embedding with 1 / sqrt(d_model).
+        In the projections back into the residual stream, which sums 2 n_layers branches, the std
+        is divided by sqrt(2 n_layers). Each layer initialises its other parameters itself.
         """
         for block in self._blocks():
             block.reset_parameters()
@@ -99,7 +109,7 @@ class LongContextLM(nn.Module):
         self._init_ends()
 
     def _init_ends(self) -> None:
-        # Both ends of the model and of each branch; the rest has initialised itself.
+        # Both ends of the model and of each branch; the other modules initialise themselves.
         for end in (self.embedding, self.head):
             if end is not None:
                 draw_own(end)
@@ -109,11 +119,45 @@ class LongContextLM(nn.Module):
 
     def _into_residual(self) -> list[nn.Linear]:
         """The projections whose outputs are summed in the residual stream."""
-        return [
-            linear
-            for block in self._blocks()
-            for linear in (block.mixer.o_proj, block.ffn.down_proj)
-        ]
+        projections: list[nn.Linear] = []
+        for block in self._blocks():
+            name = block.mixer.output_projection
+            if name is not None:
+                projections.append(getattr(block.mixer, name))
+            projections.append(block.ffn.down_proj)
+        return projections
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and token ids are expected."""
+        return device_of(self.embedding, self)
+
+    @overload
+    def forward(
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        return_state: Literal[False] = False,
+        last_only: bool = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        return_state: Literal[True],
+        last_only: bool = False,
+    ) -> tuple[Tensor, ModelState]: ...
 
     def forward(
         self,
@@ -124,15 +168,17 @@ class LongContextLM(nn.Module):
         return_state: bool = False,
         last_only: bool = False,
     ) -> Any:
-        """Logits of the next token.
+        """Compute the logits of the next token at each position.
 
         Args:
-            ids: `[B, T]` integers, token ids; at pads any valid id.
-            state: what an earlier call returned, or `init_state`; never changed. None to begin.
-            segment_ids: `[B, T]` integers: tokens see only their own segment, negative ids are
-                pads, whose logits mean nothing. None for one segment.
-            return_state: whether to return the state behind the call as well.
-            last_only: whether to compute the logits of the last column only, `[B, 1, vocab_size]`.
+            ids: `[B, T]` integers, token ids; at padding any valid id.
+            state: what an earlier call returned, or `init_state`; it is not modified. None to
+                begin a sequence.
+            segment_ids: `[B, T]` integers: tokens see only their own segment. Negative ids mark
+                padding, whose logits are meaningless. None for one segment.
+            return_state: whether to return the state after the call as well.
+            last_only: whether to compute the logits of the last position only,
+                `[B, 1, vocab_size]`.
 
         Returns:
             Logits `[B, T, vocab_size]`, or `(logits, state)`.
@@ -144,28 +190,84 @@ class LongContextLM(nn.Module):
         logits = self.project(hidden[:, -1:] if last_only else hidden)
         return (logits, state) if return_state else logits
 
+    def advance(
+        self, ids: Tensor, state: ModelState | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """Read `[B, T]` ids: logits `[B, vocab_size]` of the next token, and the new state."""
+        logits, state = self(ids, state, segment_ids=segment_ids, return_state=True, last_only=True)
+        return logits[:, -1], state
+
+    def generate(
+        self,
+        prompt: Tensor | Sequence[Tensor | Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos: int | Collection[int] | None = None,
+        generator: torch.Generator | None = None,
+        prefill_size: int = 1024,
+    ) -> Any:
+        """Continue prompts, in constant memory: see `longctx_layers.lm.generation.generate`."""
+        return generation.generate(
+            self,
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos=eos,
+            generator=generator,
+            prefill_size=prefill_size,
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config and weights to a folder: see `longctx_layers.lm.pretrained.save`."""
+        pretrained.save(directory, self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load what `save_pretrained` wrote: see `longctx_layers.lm.pretrained.load`."""
+        build = partial(cls, device="meta")
+        return pretrained.load(directory, build, device=device, dtype=dtype)
+
     def backbone(
         self, ids: Tensor, state: ModelState | None = None, *, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """What the head gets, `[B, T, D]`, and the new state; arguments as for the model."""
+        """Run embedding, blocks and final norm.
+
+        Args:
+            ids, state, segment_ids: as for the model.
+
+        Returns:
+            Hidden states `[B, T, D]` for the head, and the new state.
+        """
         if state is not None:
-            given: Any = state
-            found = len(given) if isinstance(given, (tuple, list)) else type(given).__name__
-            if found != len(self.blocks):
+            untrusted: Any = state
+            is_sequence = isinstance(untrusted, (tuple, list))
+            count = len(untrusted) if is_sequence else type(untrusted).__name__
+            if count != len(self.blocks):
                 raise ValueError(
-                    f"state: expected one for each of {len(self.blocks)} blocks, got {found}; "
+                    f"state: expected one for each of {len(self.blocks)} blocks, got {count}; "
                     "pass what this model returned"
                 )
         return self.run_blocks(self.embed(ids), state, segment_ids)
 
     def embed(self, ids: Tensor, *, name: str = "ids") -> Tensor:
-        """What the first block gets, `[B, T, D]`; `name` is what errors call the ids."""
+        """Embed token ids `[B, T]` as `[B, T, D]`. `name` is the argument's name in errors."""
         expect_shape(name, ids, (None, None), "[B, T]")
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected int64 or int32, got {ids.dtype}; use .long()")
         try:
             return cast(Tensor, self.dropout(self.embedding(ids)))
-        except IndexError as error:  # costs nothing, but is raised on the CPU only
+        except IndexError as error:  # costs nothing, but only the CPU raises it
             raise ValueError(
                 f"{name}: expected token ids in [0, {self.config.vocab_size}), got ids from "
                 f"{int(ids.min())} to {int(ids.max())}; use the tokenizer of this vocabulary"
@@ -179,11 +281,17 @@ class LongContextLM(nn.Module):
         *,
         call: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """What the head gets for embedded tokens x `[B, T, D]`, and the new state.
+        """Run blocks and final norm on embedded tokens.
 
         Args:
-            call: called as `call(block, x, state, segment_ids)`, to return what the block does; by
-                default the block itself, checkpointed where `gradient_checkpointing` says so.
+            x: `[B, T, D]`.
+            state, segment_ids: as for the model.
+            call: how to run a block, `call(block, x, state, segment_ids)`; it returns what the
+                block does. By default the block itself, recomputed in the backward pass if
+                `gradient_checkpointing` is set.
+
+        Returns:
+            Hidden states `[B, T, D]` for the head, and the new state.
         """
         if call is None:
             recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -195,18 +303,44 @@ class LongContextLM(nn.Module):
         return self.norm(x), tuple(states)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """The head: `[..., D]` to logits `[..., vocab_size]`."""
+        """Apply the head: `[..., D]` to logits `[..., vocab_size]`."""
         if self.head is not None:
             return cast(Tensor, self.head(hidden))
         weight = weight_of(self.embedding)
         if weight is None or not is_activation_dtype(weight.dtype):
             found = type(self.embedding).__name__ if weight is None else weight.dtype
             raise TypeError(
-                "embedding: expected a floating-point weight, which a tied head multiplies by, got "
-                f"{found}; leave the embedding as it is, or build the model with "
+                "embedding: expected a floating-point weight, since a tied head multiplies by it, "
+                f"got {found}; do not quantise the embedding, or build the model with "
                 "tie_embeddings=False"
             )
         return F.linear(hidden, weight)
+
+    @overload
+    def loss(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        state: ModelState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        return_state: Literal[False] = False,
+        tokens_at_once: int = 1024,
+    ) -> Tensor: ...
+
+    @overload
+    def loss(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        state: ModelState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        return_state: Literal[True],
+        tokens_at_once: int = 1024,
+    ) -> tuple[Tensor, ModelState]: ...
 
     def loss(
         self,
@@ -219,20 +353,19 @@ class LongContextLM(nn.Module):
         return_state: bool = False,
         tokens_at_once: int = 1024,
     ) -> Any:
-        """Cross-entropy of the labels, without the logits of the whole sequence at any time.
+        """Compute the cross-entropy of labels, a few tokens' logits at a time.
 
-        The logits of a few tokens at a time are computed, and again in the backward pass. Where
-        something could notice (hooks on the head, another module in its place), the head is called
-        once with whole rows instead.
+        The logits are recomputed in the backward pass. If a module or hook in the head's place
+        could tell pieces from whole rows, the head is called once, with whole rows.
 
         Args:
             ids, state, segment_ids: as for the model. For truncated back-propagation pass the
-                state on through `detach_state`.
-            labels: `[B, T]` integers; `labels[t]` is the token to predict at t (already shifted).
-                -100 is ignored, and so are pads.
-            reduction: `"mean"` over the labels that count (0 without any), `"sum"`, or `"none"`.
-            return_state: whether to return the state behind the call as well.
-            tokens_at_once: of how many tokens logits exist at once.
+                state through `detach_state`.
+            labels: `[B, T]` integers; `labels[:, t]` is the token to predict at position t
+                (already shifted). -100 is ignored, and so is padding.
+            reduction: `"mean"` over the labels that count (0 if none does), `"sum"`, or `"none"`.
+            return_state: whether to return the state after the call as well.
+            tokens_at_once: how many tokens' logits to hold at once.
 
         Returns:
             The loss, a scalar, or `[B, T]` with 0 at ignored labels for `"none"`; float32, or
@@ -251,41 +384,26 @@ class LongContextLM(nn.Module):
         labels = labels.long()
         if segment_ids is not None:
             labels = labels.masked_fill(segment_ids < 0, IGNORED_LABEL)
-        if self.head is not None and not works_by_token(self.head):
-            pieces = [self._token_losses(hidden, labels)]
-        else:
-            pieces = self._losses_in_pieces(hidden, labels, tokens_at_once)
-        loss = torch.cat(pieces).view_as(labels)
+        whole = self.head is not None and not works_by_token(self.head)
+        loss = token_losses(
+            self.project, self.cross_entropy, hidden, labels, None if whole else tokens_at_once
+        )
         if reduction != "none":
             loss = loss.sum()
         if reduction == "mean":
             loss = loss / (labels != IGNORED_LABEL).sum().clamp(min=1)
         return (loss, state) if return_state else loss
 
-    def _losses_in_pieces(self, hidden: Tensor, labels: Tensor, size: int) -> list[Tensor]:
-        rows = zip(hidden.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
-        # No random state to preserve: the head draws nothing.
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        return [checkpoint(self._token_losses, h, y, **options) for h, y in rows]
-
-    def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits, labels = self.project(hidden).flatten(0, -2), labels.flatten()
-        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        try:
-            return self.cross_entropy(precise, labels, ignore_index=IGNORED_LABEL, reduction="none")
-        except IndexError as error:  # as for ids
-            real = labels[labels != IGNORED_LABEL]
-            raise ValueError(
-                f"labels: expected {IGNORED_LABEL} or ids in [0, {self.config.vocab_size}), got "
-                f"{int(real.min())} to {int(real.max())}; use the tokenizer of this vocabulary"
-            ) from error
+    def mixers(self) -> list[Layer[Any]]:
+        """The layer of each block, from the first to the last."""
+        return [block.mixer for block in self._blocks()]
 
     def init_state(self, batch_size: int) -> ModelState:
-        """An empty state of a batch: the same as passing none."""
+        """The empty state of a batch: the same as passing none."""
         return tuple(block.mixer.init_state(batch_size) for block in self._blocks())
 
     def state_size(self, length: int) -> int:
-        """Bytes of one sequence's state after `length` tokens: the sum over the layers."""
+        """Bytes of one sequence's state after `length` tokens, summed over the layers."""
         return sum(block.mixer.state_size(length) for block in self._blocks())
 
     def parameter_counts(self) -> dict[str, int]:
@@ -298,7 +416,7 @@ class LongContextLM(nn.Module):
         return counts
 
     def describe(self) -> str:
-        """The model in three lines: its pattern, its sizes with the FFN's width, its parameters."""
+        """The model in three lines: its pattern, its widths, its parameters."""
         c, counts = self.config, self.parameter_counts()
         parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
         return (
@@ -309,7 +427,7 @@ class LongContextLM(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """`describe`, as the first lines of the module's repr."""
+        """`describe`, in the module's repr."""
         return self.describe()
 
     def _blocks(self) -> list[Block]:

@@ -7,38 +7,38 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from longctx_layers.files import replace_all
+from longctx_layers.files import write_folder
 from longctx_layers.layers.init import mark_drawn
 from longctx_layers.lm.config import ModelConfig
 
-if TYPE_CHECKING:
-    from longctx_layers.lm.model import LongContextLM
-
+ModelT = TypeVar("ModelT", bound=nn.Module)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION, SAVE_ID = "longctx_layers", 1, "save_id"
 MODEL_TYPE = "longctx"
 CHECKSUM = "weights_crc32"  # of the weights' whole file
 
 
-def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> None:
-    """Write the model's config and weights into a folder, which is made if it is missing.
+def save(
+    directory: str | os.PathLike[str], config: ModelConfig, weights: Mapping[str, Tensor]
+) -> None:
+    """Write a model's config and weights to a folder, which is created if it does not exist.
 
-    Both files are written beside their places and then moved there: an interruption leaves the old
-    file or the new one, never a part. If one cannot be written or moved, both are as they were.
+    Both files are written under temporary names and then renamed: an interruption leaves the old
+    file or the new one, never part of one. If either cannot be written, both stay as they were.
 
     Args:
-        model: the language model; its weights are written in their own dtypes.
-        directory: the folder. Files of these two names in it are replaced.
+        directory: the folder. `config.json` and `model.safetensors` in it are replaced.
+        config: the model's config.
+        weights: its state dict, written in the weights' own dtypes.
 
     Raises:
         TypeError: if an option of a block cannot be written as JSON.
@@ -46,12 +46,12 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
     """
     content: dict[str, Any] = {
         "format": FORMAT,
-        "model_type": MODEL_TYPE,  # by which transformers knows it: see longctx_layers.hf
+        "model_type": MODEL_TYPE,  # how transformers knows it: see longctx_layers.hf
         "format_version": FORMAT_VERSION,
         "library_version": _library_version(),
-        # In both files: a save that was interrupted between them is noticed on loading.
+        # In both files, so that loading notices a save that was interrupted between them.
         SAVE_ID: uuid.uuid4().hex,
-        "model": model.config.to_dict(),
+        "model": config.to_dict(),
     }
     try:
         json.dumps(content)
@@ -60,45 +60,42 @@ def save_pretrained(model: LongContextLM, directory: str | os.PathLike[str]) -> 
             f"save_pretrained: expected block_kwargs of numbers, strings, lists and dicts, got "
             f"{content['model']['block_kwargs']}; {error}"
         ) from error
-    folder = Path(directory)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    with (
-        _made(folder),
-        _beside(folder / CONFIG_FILE) as config_path,
-        _beside(folder / WEIGHTS_FILE) as weights_path,
-    ):
+    contiguous = {name: value.contiguous() for name, value in weights.items()}
+    with write_folder(Path(directory)) as folder:
+        config_path = folder / CONFIG_FILE
+        weights_path = folder / WEIGHTS_FILE
         try:
-            save_file(weights, weights_path, metadata={SAVE_ID: content[SAVE_ID]})
-        except SafetensorError as error:  # how it reports a full disk, too
+            save_file(contiguous, weights_path, metadata={SAVE_ID: content[SAVE_ID]})
+        except SafetensorError as error:  # it reports a full disk in this way too
             raise OSError(
-                f"save_pretrained: could not write {folder / WEIGHTS_FILE} ({error}); make room or "
-                "choose another folder"
+                f"save_pretrained: could not write {Path(directory) / WEIGHTS_FILE} ({error}); "
+                "make room or choose another folder"
             ) from error
         # safetensors has no checksum of its own.
         content[CHECKSUM] = _crc32(weights_path)
         config_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        weights_path.chmod(config_path.stat().st_mode)  # as the umask has it
-        replace_all({weights_path: folder / WEIGHTS_FILE, config_path: folder / CONFIG_FILE})
+        weights_path.chmod(config_path.stat().st_mode)  # what the umask allows
 
 
-def from_pretrained(
-    cls: type[LongContextLM],
+def load(
     directory: str | os.PathLike[str],
+    build: Callable[[ModelConfig], ModelT],
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> LongContextLM:
-    """The model that `save_pretrained` wrote, in evaluation mode.
+) -> ModelT:
+    """Load the model that `save` wrote, in evaluation mode.
 
     Args:
         directory: the folder.
-        device: where the weights go; the CPU by default.
-        dtype: what floating-point weights become; by default they stay as they were saved.
+        build: makes a model of a config, on the meta device.
+        device: where to load the weights; the CPU by default.
+        dtype: what to cast floating-point weights to; by default they stay as they were saved.
 
     Raises:
         FileNotFoundError: if the folder or one of its two files is missing.
-        ValueError: if the config is another program's, of a later format, or has unknown keys; if
-            the weights are damaged, or do not fit the config.
+        ValueError: if the config is another program's, has a later format or unknown keys; if the
+            weights are damaged or do not fit the config.
     """
     folder = Path(directory)
     device = torch.device("cpu" if device is None else device)
@@ -114,13 +111,13 @@ def from_pretrained(
             f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} of one save, got "
             f"{save_id} and {weights_id}; a save was interrupted between them: save the model again"
         )
-    # Weights without an id were written by another program, after the checksum was.
+    # Weights without an id were written by another program, after the config.
     if weights_id is not None and checksum not in (None, _crc32(folder / WEIGHTS_FILE)):
         raise ValueError(
             f"{folder / WEIGHTS_FILE}: expected the checksum {checksum}, which {CONFIG_FILE} has, "
             "got another; the weights have changed since they were saved: copy or save them again"
         )
-    model = cls(config, device="meta")
+    model = build(config)
     _check_fit(weights, model.state_dict(), folder)
     model.load_state_dict(weights, assign=True)
     mark_drawn(model)
@@ -134,29 +131,6 @@ def _library_version() -> str:
         return importlib.metadata.version("longctx-layers")
     except importlib.metadata.PackageNotFoundError:  # imported from a checkout, not installed
         return "unknown"
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    made = [p for p in (folder, *folder.absolute().parents) if not p.exists()]  # the deepest first
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for path in made:
-            if path.exists() and not any(path.iterdir()):
-                path.rmdir()
-        raise
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    # In the same folder: only within one file system is a move atomic.
-    path = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _existing(path: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PAD_SEGMENT = -1  # the segment id of padding; every negative id means the same
+PAD_SEGMENT = -1  # any negative segment id marks padding
 
 
 class Segments(NamedTuple):

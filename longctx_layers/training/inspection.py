@@ -1,24 +1,21 @@
-"""A look inside a model: what its memory does, where a NaN begins, how much memory a step takes."""
+"""A look inside a model: its layers' memory, where a NaN begins, how many bytes a step keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longctx_layers import LongContextLM, ModelConfig
-from longctx_layers.layers.ssm import DiagonalSSM, SelectiveProjection
-from longctx_layers.training.optimization import path_gates
 
 
 @contextmanager
 def forward_hooks(hooks: list[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Run with these forward hooks, uncompiled: compiled code would not notice them."""
+    """Run with these forward hooks, without compiled code, which would ignore them."""
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -32,54 +29,40 @@ def forward_hooks(hooks: list[tuple[nn.Module, Any]]) -> Iterator[None]:
 def memory_statistics(
     model: LongContextLM, ids: Tensor, segment_ids: Tensor | None
 ) -> dict[str, Tensor]:
-    """What each layer's memory does with these tokens `[B, T]`, from one pass without dropout.
+    """How each layer's memory behaves on these tokens `[B, T]`, from one pass without dropout.
 
     Returns:
-        By layer, `gate/layer_00`: the mean weight of the window's path beside the state's (1: the
-        state is not used); `time_scale/layer_00`: after how many tokens a state has decayed to
-        1 / e, the geometric mean over heads; `longest_time_scale/layer_00`: of the slowest head.
+        For each layer, `gate/layer_00`: the mean weight of the window path against the state path
+        (1: the state is not used); `time_scale/layer_00`: after how many tokens a state has
+        decayed to 1 / e, the geometric mean over heads; `longest_time_scale/layer_00`: that of the
+        slowest head.
     """
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+
+    def record(layer: int, statistics: Callable[[Tensor], dict[str, Tensor]]) -> Any:
+        # Read during the pass, when the parameters of a sharded model are complete.
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            for name, value in statistics(output).items():
+                values[f"{name}/layer_{layer:02d}"] = value
+
+        return hook
+
     hooks: list[tuple[nn.Module, Any]] = []
-
-    def on_gate(layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, z: Tensor) -> None:
-            found[f"gate/layer_{layer:02d}"] = torch.sigmoid(z.float()).mean()
-
-        return hook
-
-    def on_scale(layer: int, space: SelectiveProjection | DiagonalSSM) -> Any:
-        # Read in the pass itself: there a sharded model's parameters are whole.
-        def hook(_: nn.Module, __: Any, z: Tensor) -> None:
-            if isinstance(space, SelectiveProjection):
-                dt = F.softplus(z.float() + space.dt_bias.float()).flatten(0, -2).mean(0)
-                log_scale = -(space.A_log.float() + dt.log())
-            else:
-                log_scale = -space.log_rate.float()
-            found[f"time_scale/layer_{layer:02d}"] = log_scale.mean().exp()
-            found[f"longest_time_scale/layer_{layer:02d}"] = log_scale.max().exp()
-
-        return hook
-
-    for i, gate in path_gates(model).items():
-        hooks.append((gate, on_gate(i)))
-    for i, block in enumerate(model.blocks):
-        space = getattr(block.mixer, "state_space", None)
-        if space is not None:
-            watched = space.dt_proj if isinstance(space, SelectiveProjection) else space.B_proj
-            hooks.append((watched, on_scale(i, space)))
+    for i, mixer in enumerate(model.mixers()):
+        for probe in mixer.probes():
+            hooks.append((probe.module, record(i, probe.statistics)))
     if hooks:
         training = model.training
         model.eval()
         with forward_hooks(hooks):
             model(ids, segment_ids=segment_ids, last_only=True)
         model.train(training)
-    return found
+    return values
 
 
 @torch.no_grad()
 def first_non_finite(model: LongContextLM, batch: dict[str, Tensor], state: Any) -> str:
-    """Where NaN or infinity begins in a pass over this batch, in words."""
+    """Find where NaN or infinity begins in a pass over this batch; returns it in words."""
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not torch.isfinite(local).all():
@@ -103,14 +86,14 @@ def first_non_finite(model: LongContextLM, batch: dict[str, Tensor], state: Any)
 
 
 def kept_activations(config: ModelConfig, length: int, *, checkpointing: bool) -> int:
-    """Bytes that one sequence keeps for its backward pass in float32, found with fake tensors.
+    """Bytes that one sequence keeps for its backward pass in float32, without computing anything.
 
-    On the CPU's backends: kernels on a GPU keep less.
+    It is an upper bound: the backends of the CPU are assumed, and kernels on a GPU keep less.
     """
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:
-        # Held, so that no other storage gets its address.
+        # The reference keeps the storage alive, so that no other one gets its address.
         kept[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 

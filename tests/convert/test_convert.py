@@ -434,7 +434,7 @@ def test_loading_a_folder_without_a_record(tmp_path):
 REFUSED = {
     "unknown option": ({}, {"windowsize": 4}, r"options of 'dpassm' out of .*\['windowsize'\]"),
     "what the model decides": ({}, {"rope_base": 1e4}, "pretrained model's affair"),
-    "unknown layer": ({}, {"block_type": "mamba"}, "layer: expected one of"),
+    "unknown layer": ({}, {"block_type": "mamba"}, "unknown layer 'mamba'; the layers are"),
     "index": ({}, {"layers": [0, 3]}, r"indices in \[-3, 3\)"),
     "twice the same": ({}, {"layers": [0, -3]}, "different indices"),
     "no list": ({}, {"layers": 1}, "expected a list of layer indices"),

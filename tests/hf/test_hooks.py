@@ -6,7 +6,7 @@ import torch
 from support.hf_models import every_pattern, hf_model, some_ids
 from torch import nn
 
-from longctx_layers.hf.cache import CACHE_NAME
+from longctx_layers.transformers_calls.arguments import CACHE_NAME
 
 
 @every_pattern

@@ -71,12 +71,23 @@ def test_nanogpt_generates_what_it_predicts(block):
     gpt = example("nanogpt")
     model = gpt["GPT"](gpt["GPTConfig"](13, 2, 4, 16, block=block, window_size=4))
     ids = torch.randint(0, 13, (2, 9))
-    whole = model.generate(ids, 12)
+    whole = gpt["generate"](model, ids, 12, temperature=0)
     logits, _, _ = model(whole[:, :-1])
     assert_close(whole[:, 9:], logits[:, 8:].argmax(-1), rtol=0, atol=0)
     _, loss, _ = model(whole[:, :-1], whole[:, 1:])
     expected = -logits.log_softmax(-1).gather(-1, whole[:, 1:, None]).mean()
     assert_close(loss, expected, **EXACT)
+
+
+def test_nanogpt_generates_for_prompts_of_different_lengths():
+    gpt = example("nanogpt")
+    model = gpt["GPT"](gpt["GPTConfig"](13, 2, 4, 16, window_size=4))
+    prompts = [[1, 2, 3, 4, 5], [6, 7]]
+    for prompt, whole in zip(
+        prompts, gpt["generate"](model, prompts, 7, temperature=0), strict=True
+    ):
+        alone = gpt["generate"](model, torch.tensor(prompt), 7, temperature=0)
+        assert_close(whole, alone, rtol=0, atol=0)
 
 
 def test_nanogpt_learns(capsys):

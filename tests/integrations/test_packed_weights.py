@@ -9,7 +9,7 @@ from support.pretrained_models import pretrained
 from torch import nn
 
 from longctx_layers.convert import convert_attention
-from longctx_layers.hf.cache import CACHE_NAME
+from longctx_layers.transformers_calls.arguments import CACHE_NAME
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning"),

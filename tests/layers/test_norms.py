@@ -9,8 +9,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
-from longctx_layers.layers import fusion
-from longctx_layers.layers.base import HeadNorm
+from longctx_layers.layers import norms
+from longctx_layers.layers.norms import HeadNorm
 from longctx_layers.ops.gated_norms import EPS
 from longctx_layers.testing import small_layer
 
@@ -26,8 +26,8 @@ def x():
 @pytest.fixture
 def fused(monkeypatch):
     """Calls of the fused operation."""
-    calls, operation = [], fusion.gated_norms
-    monkeypatch.setattr(fusion, "gated_norms", lambda *args: calls.append(1) or operation(*args))
+    calls, operation = [], norms.gated_norms
+    monkeypatch.setattr(norms, "gated_norms", lambda *args: calls.append(1) or operation(*args))
     return calls
 
 

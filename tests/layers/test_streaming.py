@@ -112,7 +112,7 @@ def test_a_long_call_in_pieces_is_the_same(case, length, at_once, batch, seed, p
     ids = packed_ids(batch, length, seed) if packed else None
     whole = layer(x, segment_ids=ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longctx_layers.layers.pieces.TOKENS_AT_ONCE", at_once)
+        patch.setattr("longctx_layers.layers.splitting.TOKENS_AT_ONCE", at_once)
         pieces = layer(x, segment_ids=ids)
     assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
     expected = gradients(layer, x, *whole)
@@ -134,9 +134,9 @@ def test_a_growing_state_is_read_in_pieces(monkeypatch, case, packed, cached):
     x = x[:, cached:].requires_grad_()
     whole = layer(x, state, segment_ids=ids)
     pieces = []
-    attend = layer.attend_to
-    monkeypatch.setattr(layer, "attend_to", lambda *a, **k: pieces.append(1) or attend(*a, **k))
-    monkeypatch.setattr("longctx_layers.layers.pieces.TOKENS_AT_ONCE", 64)
+    attend = layer.attend
+    monkeypatch.setattr(layer, "attend", lambda *a, **k: pieces.append(1) or attend(*a, **k))
+    monkeypatch.setattr("longctx_layers.layers.splitting.TOKENS_AT_ONCE", 64)
     found = layer(x, state, segment_ids=ids)
     assert len(pieces) >= 2
     assert_close(found, whole, rtol=1e-9, atol=1e-9)

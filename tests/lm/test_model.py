@@ -189,8 +189,8 @@ VALID = {"vocab_size": 5, "d_model": 16, "n_layers": 2, "n_heads": 2, "ffn_dim":
         ({"tie_embeddings": 1}, "tie_embeddings: expected a bool"),
         ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\)"),
         ({"dropout": "0.1"}, r"dropout: expected a number in \[0, 1\)"),
-        ({"pattern": ()}, "pattern: expected block names out of .*'blade'"),
-        ({"pattern": ("dpasm",)}, "expected block names out of .*'dpassm'.*got .*'dpasm'"),
+        ({"pattern": ()}, "pattern: expected at least one of the layers .*'blade'"),
+        ({"pattern": ("dpasm",)}, "unknown layer 'dpasm'; did you mean 'dpassm'.*'blade'"),
         ({"pattern": ("vanilla", "blade", "dpassm")}, "at most n_layers = 2 names, got 3"),
         ({"block_kwargs": 128}, "block_kwargs: expected a dict"),
         ({"block_kwargs": {"blade": {}}}, r"a dict of options for each of \['dpassm'\]"),
@@ -207,13 +207,13 @@ def test_wrong_config_is_refused(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"num_params": "150"}, "num_params: expected one of .*'150m'.*'350m'"),
-        ({"block_type": "dpasm"}, "expected block names out of .*'baseline_bigbird'"),
-        ({"block_kwargs": {"window_sise": 4}}, "expected options out of .*'window_size'"),
+        ({"block_type": "dpasm"}, "unknown layer 'dpasm'; did you mean 'dpassm'.*bigbird"),
+        ({"block_kwargs": {"window_sise": 4}}, "no options .*; did you mean 'window_size'.*'ssm'"),
         ({"block_type": "blade", "pattern": ("dpassm",)}, "block_type or pattern, got both"),
         ({"ffn_dim": 0}, "ffn_dim: expected at least 1"),
-        ({"block_kwargs": {"window": 4}}, "expected options out of .*'window_size'.*got"),
-        ({"pattern": "dpasm"}, "expected block names out of .* got .'dpasm'."),
-        ({"pattern": 5}, "expected block names, got 5"),
+        ({"block_kwargs": {"window": 4}}, "no options .*'window'.*its options are .*'window_size'"),
+        ({"pattern": "dpasm"}, "unknown layer 'dpasm'; did you mean 'dpassm'"),
+        ({"pattern": 5}, "expected names of layers, got 5"),
     ],
 )
 def test_wrong_options_are_refused(change: dict[str, Any], message: str) -> None:
@@ -461,7 +461,9 @@ def test_pads_have_no_loss() -> None:
 
 def test_labels_outside_the_vocabulary_are_refused() -> None:
     model, ids = small_model("window"), some_ids(2, 5)
-    with pytest.raises(ValueError, match=r"labels: expected -100 or ids in \[0, 13\), got 3 to 13"):
+    with pytest.raises(
+        ValueError, match=r"labels: expected -100 or token ids in \[0, 13\), got 3 to 13"
+    ):
         model.loss(ids, torch.tensor([[3, 4, 13, -100, 5]] * 2))
 
 

@@ -124,6 +124,31 @@ def test_triton_versions(version, capability, needed):
     assert reason is None if needed is None else f"needs Triton {needed};" in reason
 
 
+def test_the_override_accepts_every_triton_but_no_older_gpu(monkeypatch):
+    refusal = availability.refuse_version((3, 6, 0), 9)
+    assert f"set {availability.OVERRIDE}=1" in refusal
+    monkeypatch.setattr(availability, "ANY_VERSION", True)
+    assert availability.refuse_version((3, 6, 0), 9) is None
+    assert availability.refuse_version((3, 5, 1), None) is None
+    assert "compute capability 8" in availability.refuse_version((3, 6, 0), 7)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", "True"), ("yes", "got 'yes'")])
+def test_the_override_is_an_environment_variable(value, expected):
+    code = "from longctx_layers.ops import availability; print(availability.ANY_VERSION)"
+    environment = {**os.environ, availability.OVERRIDE: value}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert expected in run.stdout + run.stderr
+    assert (run.returncode == 0) == (value == "1")
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_the_override_is_off_by_default(value):
+    assert availability._is_on(value) is False
+
+
 def test_transforms_and_compilers_do_not_meet_the_cpu_path():
     x, *rest = arguments(torch.float64)
 

@@ -16,6 +16,7 @@ from longctx_layers.evals.program import models
 from longctx_layers.lm import pretrained
 from longctx_layers.reports.checkpoint import read
 from longctx_layers.testing import small_model
+from longctx_layers.training import export as export_program
 from longctx_layers.training.checkpoints import packed_tokenizer
 
 CHECKPOINT = ("--checkpoint", "logs/checkpoints/step=00000002.ckpt")
@@ -45,7 +46,8 @@ def test_export(export, tokenizer, tmp_path, monkeypatch, capsys):
     trained = cli.model.model.eval()
     with torch.no_grad():
         assert_close(model(torch.tensor([ids])), trained(torch.tensor([ids])))
-    export([*CHECKPOINT, "--output", "model"])  # the same again replaces it
+    # The same again replaces it; the flags have other names, too.
+    export(["--checkpoint_path", CHECKPOINT[1], "--output-dir=model"])
 
     # A place that holds anything else stays as it is.
     small_model("window").save_pretrained("other")
@@ -189,3 +191,10 @@ def test_errors(export, tmp_path, capsys):
             export(["--checkpoint", str(tmp_path / name), "--output", str(tmp_path / "model")])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_usage_errors_name_the_program(capsys):
+    with pytest.raises(SystemExit) as error:
+        export_program.main(["--checkpont", "a"], prog="longctx export")
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("longctx export: error: ")

@@ -14,7 +14,7 @@ from longctx_layers.layers import layer_options
 from longctx_layers.ops import use_backend
 from longctx_layers.testing import MemoryMeter, small_model
 from longctx_layers.training.checkpoints import read_checkpoint
-from longctx_layers.training.flops import forward_flops, keys_per_query, matmul_peak, training_flops
+from longctx_layers.training.flops import forward_flops, matmul_peak, training_flops
 from longctx_layers.training.inspection import kept_activations, memory_statistics
 
 OPTIONS = {"window_size": 5, "chunk_size": 6, "ssm_state_dim": 4, "state_dim": 4}
@@ -74,6 +74,7 @@ def test_validation_loss_is_that_of_the_model(tmp_path, monkeypatch):
     assert scalars(tmp_path / "logs", "val_loss")[2] == pytest.approx(total / count, rel=1e-6)
 
 
+# Options without a state path, through which a query sees all earlier tokens.
 ATTENTION = {
     "vanilla": {},
     "window": {"window_size": 5},
@@ -84,7 +85,7 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("block", LAYERS)
+@pytest.mark.parametrize("block", ATTENTION)
 def test_keys_per_query_are_those_that_reach_a_query(block):
     length = 150
     layer = build_layer(block, 8, 1, **ATTENTION[block], dtype=torch.float64)
@@ -96,7 +97,7 @@ def test_keys_per_query_are_those_that_reach_a_query(block):
         (grad,) = torch.autograd.grad(y[0, i].sum(), x, retain_graph=True)
         seen += int((grad[0].abs().sum(-1) > 0).sum())
     # The formula takes a chunk's, block's or window's edge as if it were always whole.
-    assert keys_per_query(layer, length) == pytest.approx(seen / length, abs=0.3)
+    assert layer.keys_per_query(length) == pytest.approx(seen / length, abs=0.3)
 
 
 def test_projections_are_counted_as_torch_counts_them():
@@ -105,7 +106,7 @@ def test_projections_are_counted_as_torch_counts_them():
     counter = FlopCounterMode(display=False)
     with counter, use_backend("torch"), torch.no_grad():
         model(ids)
-    attention = sum(4 * 16 * keys_per_query(block.mixer, 32) for block in model.blocks)
+    attention = sum(4 * 16 * block.mixer.keys_per_query(32) for block in model.blocks)
     ours = (forward_flops(model, 32) - attention) * 32
     assert ours == pytest.approx(counter.get_total_flops())  # which sees none of SDPA
     assert training_flops(model, 32) == 3 * forward_flops(model, 32)

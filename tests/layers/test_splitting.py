@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.testing import assert_close
 
-from longctx_layers.layers import pieces
+from longctx_layers.layers import splitting
 from longctx_layers.testing import small_layer, small_model
 
 DIVIDED = ["window", "dpassm", "dpassm-diagonal", "blade", "blade-shift", "longformer"]
@@ -26,7 +26,7 @@ def x():
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Calls are divided both by rows and by tokens."""
-    monkeypatch.setattr(pieces, "TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(splitting, "TOKENS_AT_ONCE", 16)
 
 
 def outputs(layer, x, **options):
@@ -40,7 +40,7 @@ def outputs(layer, x, **options):
 def whole(monkeypatch, layer, x, **options):
     """The same in one piece."""
     with monkeypatch.context() as patch:
-        patch.setattr(pieces, "TOKENS_AT_ONCE", 10**6)
+        patch.setattr(splitting, "TOKENS_AT_ONCE", 10**6)
         return outputs(layer, x, **options)
 
 

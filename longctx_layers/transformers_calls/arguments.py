@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import transformers
+from transformers import GenerationMixin
+
+# The name of a cache among arguments and outputs: transformers renamed it in 5.24.
+_arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = "cache" if "cache" in _arguments else "past_key_values"
 
 # What transformers or a data collator may pass to any decoder, and layers without masks, tables of
 # positions and token types have no need of. Llama ignores these as well.

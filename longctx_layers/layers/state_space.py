@@ -1,41 +1,38 @@
-"""State-space paths: the selective one's inputs, and the diagonal one."""
+"""State-space paths of layers: the inputs of the selective one, and the diagonal one."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx_layers.layers.base import AttentionLayer
+from longctx_layers.layers.attention import AttentionLayer
+from longctx_layers.layers.base import Probe
 from longctx_layers.layers.init import already_drawn, set_first
 from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.state import tail
-from longctx_layers.ops import Segments, conv_silu, diagonal_scan
+from longctx_layers.ops import Segments, conv_silu, diagonal_scan, ssd
 
 CONV_WIDTH = 4
 
 
-class SelectiveInputs(NamedTuple):
-    """What `ssd` and `block_ssd` take, and the conv tail for the state.
-
-    Unpack it, or read its fields: torch 2.8 can't compile a slice of a NamedTuple.
-    """
+class SSDInputs(NamedTuple):
+    """The arguments of `ssd` and `block_ssd`, in their order."""
 
     x: Tensor
     dt: Tensor
     A: Tensor
     B: Tensor
     C: Tensor
-    conv: Tensor
 
 
 class SelectiveProjection(SpecialParameters):
     """`x, B, C = SiLU(conv4(W u))` and `dt = softplus(W_dt u + b_dt)`, as in Mamba-2.
 
-    Initial time scales are spread log-uniformly over the heads, from 16 to 16384 tokens.
+    The initial time scales are spread log-uniformly over the heads, from 16 to 16384 tokens.
 
     Source: Dao and Gu, Mamba-2, arXiv 2405.21060.
     """
@@ -45,9 +42,11 @@ class SelectiveProjection(SpecialParameters):
     # swallow the steps of an optimizer.
     full_precision = _keep_in_fp32_modules_strict = ("A_log", "dt_bias")
 
-    def __init__(self, layer: AttentionLayer, state_dim: int) -> None:
+    def __init__(self, layer: AttentionLayer[Any], state_dim: int) -> None:
         super().__init__()
-        self.n_heads, self.head_dim, self.state_dim = layer.n_heads, layer.head_dim, state_dim
+        self.n_heads = layer.n_heads
+        self.head_dim = layer.head_dim
+        self.state_dim = state_dim
         self.in_proj = layer.linear(layer.d_model, self.channels)
         self.dt_proj = layer.linear(layer.d_model, layer.n_heads)
         self.conv = nn.Parameter(torch.empty(self.channels, CONV_WIDTH, **layer.factory))
@@ -57,7 +56,7 @@ class SelectiveProjection(SpecialParameters):
 
     @torch.no_grad()
     def draw_own(self) -> None:
-        """Draw the convolution and the steps anew, and set the time scales and the skip."""
+        """Initialise the convolution and the steps randomly, and set time scales and skip."""
         bound = CONV_WIDTH**-0.5
         nn.init.uniform_(self.conv, -bound, bound)
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32)
@@ -77,13 +76,22 @@ class SelectiveProjection(SpecialParameters):
 
     def forward(
         self, u: Tensor, before: Tensor | None, segments: Segments | None
-    ) -> SelectiveInputs:
-        """Project and convolve `[B, T, D]`; `before` is the state's `conv`."""
-        z, segments = self.in_proj(u), restarting(segments)
+    ) -> tuple[SSDInputs, Tensor]:
+        """Project and convolve.
+
+        Args:
+            u: the layer's input `[B, T, D]`.
+            before: the state's `conv`, or None at the beginning.
+            segments: of u, from `with_breaks`.
+
+        Returns:
+            The inputs of the recurrence, and the new state's `conv`.
+        """
+        z = self.in_proj(u)
         if before is None:
             before = z.new_zeros(len(z), CONV_WIDTH - 1, self.channels)
         before = before.to(z.dtype)
-        # Rows without pads end together: no need to copy all of z for its end.
+        # Rows without padding end together: no need to copy all of z for its end.
         recent = z[:, 1 - CONV_WIDTH :] if segments is None else z
         conv = tail(torch.cat([before, recent], dim=1), CONV_WIDTH - 1, segments)
         z = conv_silu(z, self.conv, before=before, segments=segments)
@@ -92,11 +100,43 @@ class SelectiveProjection(SpecialParameters):
         precise = torch.promote_types(u.dtype, torch.float32)
         dt = F.softplus(self.dt_proj(u).to(precise) + self.dt_bias.to(precise))
         A = -torch.exp(self.A_log.to(precise))
-        return SelectiveInputs(x.unflatten(-1, (self.n_heads, self.head_dim)), dt, A, B, C, conv)
+        return SSDInputs(x.unflatten(-1, (self.n_heads, self.head_dim)), dt, A, B, C), conv
+
+    def run(
+        self, u: Tensor, conv: Tensor | None, h: Tensor | None, segments: Segments | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole path.
+
+        Args:
+            u: the layer's input `[B, T, D]`.
+            conv, h: of the state, or None at the beginning.
+            segments: of u.
+
+        Returns:
+            s `[B, T, H, P]`, and the new state's conv and h.
+        """
+        segments = with_breaks(segments)
+        inputs, conv = self(u, conv, segments)
+        s, h = ssd(*inputs, initial_state=h, segments=segments)
+        return self.add_skip(s, inputs.x), conv, h
 
     def add_skip(self, y: Tensor, x: Tensor) -> Tensor:
-        """What the state gave, and the token's own convolved input: both `[B, T, H, P]`."""
+        """Add the token's own convolved input to what was read from the state: `[B, T, H, P]`."""
         return torch.addcmul(y, x, self.skip[:, None].to(y.dtype))
+
+    def flops_per_token(self) -> float:
+        """Operations per token besides the projections: 5 per element of the state (decay, write,
+        read), and the convolution."""
+        inner = self.n_heads * self.head_dim
+        return 5 * inner * self.state_dim + 2 * CONV_WIDTH * self.channels
+
+    def probe(self) -> Probe:
+        """Statistics of the time scales."""
+        return Probe(self.dt_proj, self._time_scales)
+
+    def _time_scales(self, z: Tensor) -> dict[str, Tensor]:
+        dt = F.softplus(z.float() + self.dt_bias.float()).flatten(0, -2).mean(0)
+        return time_scales(-(self.A_log.float() + dt.log()))
 
 
 class DiagonalSSM(SpecialParameters):
@@ -107,7 +147,7 @@ class DiagonalSSM(SpecialParameters):
 
     no_decay = full_precision = _keep_in_fp32_modules_strict = ("log_rate",)
 
-    def __init__(self, layer: AttentionLayer, state_dim: int) -> None:
+    def __init__(self, layer: AttentionLayer[Any], state_dim: int) -> None:
         super().__init__()
         self.B_proj = layer.linear(layer.d_model, state_dim)
         self.C_proj = layer.linear(state_dim, layer.n_heads * layer.head_dim)
@@ -115,7 +155,7 @@ class DiagonalSSM(SpecialParameters):
 
     @torch.no_grad()
     def draw_own(self) -> None:
-        """Set the time scales; the projections are the layer's affair."""
+        """Set the time scales; the layer initialises the projections."""
         rate = self.log_rate
         scale = torch.logspace(0, math.log10(4096), len(rate), device=rate.device)
         set_first(rate, -torch.log(scale))  # alpha = exp(-exp(log_rate)) = exp(-1 / scale)
@@ -124,20 +164,57 @@ class DiagonalSSM(SpecialParameters):
         self, u: Tensor, initial: Tensor | None, segments: Segments | None
     ) -> tuple[Tensor, Tensor]:
         """`[B, T, D]` and h `[B, N]` to s `[B, T, H * P]` and the final h."""
+        segments = with_breaks(segments)
         precise = torch.promote_types(u.dtype, torch.float32)
         log_decay = -torch.exp(self.log_rate.to(precise))
         h, final = diagonal_scan(
-            self.B_proj(u), log_decay, initial_state=initial, segments=restarting(segments)
+            self.B_proj(u), log_decay, initial_state=initial, segments=segments
         )
         s: Tensor = self.C_proj(h)
         return s, final
 
+    def run(
+        self, u: Tensor, conv: Tensor | None, h: Tensor | None, segments: Segments | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `SelectiveProjection.run`, but s is `[B, T, H * P]`, and conv empty."""
+        s, h = self(u, h, segments)
+        return s, no_conv(s), h
 
-def restarting(segments: Segments | None) -> Segments | None:
-    """The segments, or None where one goes on in every row, and so nothing restarts or is a pad."""
+    def flops_per_token(self) -> float:
+        """Operations per token besides the projections."""
+        return 3 * len(self.log_rate)
+
+    def probe(self) -> Probe:
+        """Statistics of the time scales."""
+        return Probe(self.B_proj, self._time_scales)
+
+    def _time_scales(self, _: Tensor) -> dict[str, Tensor]:
+        return time_scales(-self.log_rate.float())
+
+
+def with_breaks(segments: Segments | None) -> Segments | None:
+    """None if every row is one unbroken segment without padding: scans then skip all resets."""
     return segments if segments is not None and segments.packed else None
 
 
 def no_conv(x: Tensor) -> Tensor:
     """The empty conv tail of a layer without one: `[B, 3, 0]`."""
     return x.new_zeros(len(x), CONV_WIDTH - 1, 0)
+
+
+def time_scales(log_scale: Tensor) -> dict[str, Tensor]:
+    """After how many tokens a state has decayed to 1 / e: the geometric mean, and the longest."""
+    return {
+        "time_scale": log_scale.mean().exp(),
+        "longest_time_scale": log_scale.max().exp(),
+    }
+
+
+def two_path_probes(gate: nn.Module | None, space: nn.Module | None) -> list[Probe]:
+    """Statistics of a layer that weighs attention against a state space by a gate."""
+    probes = []
+    if gate is not None:
+        probes.append(Probe(gate, lambda z: {"gate": torch.sigmoid(z.float()).mean()}))
+    if space is not None:
+        probes.append(cast("SelectiveProjection | DiagonalSSM", space).probe())
+    return probes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList
 
-from longctx_layers.hf.cache import CACHE_NAME
+from longctx_layers.transformers_calls.arguments import CACHE_NAME
 
 
 class FinishedRows(StoppingCriteriaList):

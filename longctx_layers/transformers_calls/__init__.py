@@ -1,0 +1,1 @@
+"""What decoders built from these layers understand of the calls that transformers makes."""
