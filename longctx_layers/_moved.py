@@ -30,7 +30,9 @@ MOVED = {
     "ops.blocked_attention": "ops.attention.blocked",
     "ops.dispatch": "ops.backends",
     "ops.far": "ops.attention.far",
+    "ops.merge": "ops.attention.far",
     "ops.scan": "ops.state_space.diagonal",
+    "ops.triton_support": "ops.availability",
 }
 
 

@@ -75,7 +75,7 @@ def _started_as(module: str) -> Iterator[None]:
     """Make the running process look like `python -m module`.
 
     A program that starts itself again, as Lightning does for each device, looks up there how it was
-    started. `sys.argv[0]` is no help: it is "longctx", which need not be a file here.
+    started. `sys.argv[0]` is no help: it is "longctx", which is no file here.
     """
     main_module = sys.modules["__main__"]
     before = main_module.__spec__

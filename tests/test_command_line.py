@@ -7,7 +7,7 @@ import pytest
 
 from longctx_layers.command_line import program_name
 from longctx_layers.evals.program.options import parser as evaluation
-from longctx_layers.reports.__main__ import parser as report
+from longctx_layers.reports.flags import parser as report
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,9 @@ def test_hyphens_are_accepted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["longctx"])
     flags = evaluation().parse_args(["--task", "passkey", "--seq-len=64", "--no-probe"])
     assert (flags.seq_len, flags.no_probe) == (64, True)
+
+
+def test_the_closest_value_is_named(capsys):
+    with pytest.raises(SystemExit):
+        evaluation().parse_args(["--task", "paskey"])
+    assert "did you mean 'passkey'?" in capsys.readouterr().err

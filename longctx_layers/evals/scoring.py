@@ -153,6 +153,18 @@ def needle_grid(depths: int, task: Passkey) -> dict[float, Passkey]:
     return {depth: replace(task, depth=depth) for depth in grid}
 
 
+def doubling(first: int, last: int) -> list[int]:
+    """Lengths from `first` to `last`, each twice the one before; `last` is always among them.
+
+    >>> doubling(256, 1000)
+    [256, 512, 1000]
+    """
+    lengths = [first]
+    while 2 * lengths[-1] <= last:
+        lengths.append(2 * lengths[-1])
+    return lengths if lengths[-1] == last else [*lengths, last]
+
+
 def effective_length(accuracies: Mapping[int, float], threshold: float = 0.9) -> int | None:
     """The longest length up to which every accuracy reaches the threshold; None if there is none.
 

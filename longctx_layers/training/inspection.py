@@ -90,11 +90,11 @@ def kept_activations(config: ModelConfig, length: int, *, checkpointing: bool) -
 
     It is an upper bound: the backends of the CPU are assumed, and kernels on a GPU keep less.
     """
-    kept: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:
         # The reference keeps the storage alive, so that no other one gets its address.
-        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        storages[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
     model = LongContextLM(config, device="meta")
@@ -105,5 +105,5 @@ def kept_activations(config: ModelConfig, length: int, *, checkpointing: bool) -
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             model.loss(ids, ids)
         for parameter in model.parameters():
-            kept.pop(parameter.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in kept.values())
+            storages.pop(parameter.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())

@@ -103,7 +103,7 @@ def parameter_groups(
     ...     model, learning_rate=1e-3, gate_learning_rate=2e-3, weight_decay=0.1
     ... )
     >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
-    [('decay', 0.001, 0.1), ('gates', 0.002, 0.1), ('no_decay', 0.001, 0.0)]
+    [('decay', 0.001, 0.1), ('no_decay', 0.001, 0.0), ('gates', 0.002, 0.0)]
     """
     gates = {id(p) for module in path_gates(model).values() for p in module.parameters()}
     groups = []

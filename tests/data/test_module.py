@@ -90,7 +90,7 @@ def test_persistent_workers_without_workers():
 
 
 def test_tokenizer_is_known_after_setup(make):
-    with pytest.raises(RuntimeError, match="after setup"):
+    with pytest.raises(RuntimeError, match="not known yet; call prepare_data"):
         make(ready=False).vocab_size  # noqa: B018
     assert make().vocab_size == 257
 

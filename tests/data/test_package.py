@@ -40,14 +40,6 @@ def test_planted_import_is_found():
     assert foreign(code) == ["longctx_layers", "longctx_layers.lm.model"]
 
 
-def test_every_public_name_is_there():
-    for name in longctx_layers.data.__all__:
-        assert getattr(longctx_layers.data, name).__name__ == name
-        assert name in dir(longctx_layers.data)
-    with pytest.raises(AttributeError, match="has no attribute 'LongContextDta'"):
-        _ = longctx_layers.data.LongContextDta
-
-
 class Poems:
     """A source of somebody else's."""
 
@@ -90,9 +82,18 @@ def test_synthetic_documents_are_those_that_checkpoints_name():
     )
 
 
-def test_bytes_of_the_standard_library_are_those_of_the_source():
-    contents = byte_text.documents(None, 20_000)
-    paths = [path for path in stdlib.source_files() if path.stat().st_size >= 20_000]
-    assert contents == [path.read_bytes() for path in paths]
-    first = next(texts(open_source("stdlib", None).training))
-    assert stdlib.source_files()[0].read_bytes().startswith(first.encode())
+def test_bytes_of_the_standard_library_are_those_of_the_source(tmp_path, monkeypatch):
+    for folder in (".", "package", "package/test", "site-packages/other"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(6):
+            content = f"# {folder} {number}\n" + "x = 1\n" * (number + 20)
+            (tmp_path / folder / f"module_{number}.py").write_text(content)
+    (tmp_path / "not_source.txt").write_text("x" * 1000)
+    monkeypatch.setattr(stdlib, "root", lambda: tmp_path)
+    contents = byte_text.documents(None, 20)
+    assert len(contents) == 12
+    assert contents == [path.read_bytes() for path in stdlib.source_files()]
+    documents = list(texts(open_source("stdlib", None).training))
+    assert [document.encode() for document in documents] == contents
+    with pytest.raises(ValueError, match="at least 10 documents of 999 bytes .* found 1;"):
+        byte_text.documents(tmp_path, 999)

@@ -9,8 +9,9 @@ from support.program import SMALL, fit, merged
 from longctx_layers import LAYERS, LongContextLM, create_model
 from longctx_layers.evals.program import measuring
 from longctx_layers.evals.program.models import build
-from longctx_layers.evals.program.options import doubling, task_names
+from longctx_layers.evals.program.options import task_names
 from longctx_layers.evals.program.rows import Rows
+from longctx_layers.evals.scoring import doubling
 from longctx_layers.evals.synthetic import main
 
 FIELDS = [

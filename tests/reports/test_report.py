@@ -17,8 +17,8 @@ from longctx_layers import create_model
 from longctx_layers.data.tokenizers import ByteTokenizer, train_bpe
 from longctx_layers.evals.program.models import fingerprint
 from longctx_layers.evals.synthetic import main as evaluate
-from longctx_layers.reports.__main__ import find_text
 from longctx_layers.reports.checkpoint import load
+from longctx_layers.reports.inputs import find_text
 from longctx_layers.reports.logs import Log
 from longctx_layers.testing import small_model
 from longctx_layers.training.checkpoints import read_checkpoint

@@ -10,6 +10,7 @@ from support.program import ROOT, SMALL, fit, merged
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import longctx_layers.hf  # noqa: F401  (so that transformers reads our models)
 from longctx_layers import LongContextLM
 from longctx_layers.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from longctx_layers.evals.program import models
@@ -181,7 +182,7 @@ def test_errors(export, tmp_path, capsys):
         torch.save({"state_dict": {}, "longctx": saved}, tmp_path / f"climbing{number}.ckpt")
     for name, message in (
         ("none.ckpt", "expected a file"),
-        ("other.ckpt", "other.ckpt, which holds state_dict, and nothing of longctx; it is"),
+        ("other.ckpt", "other.ckpt, which holds state_dict, but no longctx; it is"),
         ("tensor.ckpt", "tensor.ckpt, which holds a Tensor; it is damaged or another program's"),
         ("empty.ckpt", "empty.ckpt, which is empty; it is damaged"),
         ("text.ckpt", "text.ckpt, which is cut short, or is no checkpoint"),

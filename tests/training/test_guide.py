@@ -34,8 +34,8 @@ from support.program import (
 
 from longctx_layers import create_model
 from longctx_layers.data.tokenizers import ByteTokenizer
-from longctx_layers.evals.program.options import doubling
 from longctx_layers.evals.program.options import parse as parse_evaluation
+from longctx_layers.evals.scoring import doubling
 from longctx_layers.evals.synthetic import main as evaluate
 
 ON_GPU = torch.cuda.is_available()

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from longctx_layers import LAYERS
-from longctx_layers.command_line import Parser, program_name
+from longctx_layers.command_line import Parser, device, program_name
 from longctx_layers.evals.program.models import MINI
+from longctx_layers.evals.scoring import doubling
 from longctx_layers.evals.tasks import TASKS, Passkey, Task
 from longctx_layers.evals.tasks.base import NEEDLE, STREAMING
 from longctx_layers.layers.registry import canonical_name
@@ -267,39 +268,6 @@ def options_of(flags: argparse.Namespace) -> Options:
         probe=not flags.no_probe,
         overwrite=flags.overwrite,
     )
-
-
-def doubling(first: int, last: int) -> list[int]:
-    """Lengths from `first` to `last`, each twice the one before; `last` is always among them.
-
-    >>> doubling(256, 1000)
-    [256, 512, 1000]
-    """
-    lengths = [first]
-    while 2 * lengths[-1] <= last:
-        lengths.append(2 * lengths[-1])
-    return lengths if lengths[-1] == last else [*lengths, last]
-
-
-def device(name: str) -> torch.device:
-    """The device of a name; `auto` is a GPU if there is one.
-
-    Raises:
-        ValueError: for a GPU that this machine does not have, or an unknown name.
-    """
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    count = torch.cuda.device_count() if available else 0
-    if kind == "cuda" and int(number or 0) >= count:
-        raise ValueError(
-            f"--device={name}: torch {torch.__version__} finds {count or 'no'} GPU on this "
-            "machine; use --device cpu, or auto"
-        )
-    return torch.device(name)
 
 
 def _checkpoint(flags: argparse.Namespace) -> Path | None:
