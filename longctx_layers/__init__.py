@@ -28,12 +28,12 @@ from longctx_layers.layers import (
     select_rows,
     state_to,
 )
+from longctx_layers.layers.weight_decay import no_weight_decay, parameter_groups
 from longctx_layers.lm.config import ModelConfig
 from longctx_layers.lm.factory import create_model
 from longctx_layers.lm.model import LongContextLM
 from longctx_layers.ops import explain, use_backend
 from longctx_layers.self_check import selfcheck
-from longctx_layers.weight_decay import no_weight_decay, parameter_groups
 
 __version__ = _version("longctx-layers")
 _sys.meta_path.append(_MovedFinder())

@@ -20,6 +20,7 @@ MOVED = {
     "pretrained": "lm.pretrained",
     "sizes": "lm.factory",
     "varlen": "packing",
+    "weight_decay": "layers.weight_decay",
     "calls": "transformers_calls.documents",
     "evals.associative": "evals.tasks",
     "evals.distances": "evals.tasks",

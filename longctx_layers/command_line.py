@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
+
+from longctx_layers.ops.checks import closest as closest  # for the programs
 
 _FLAG = re.compile(r"(--[\w.-]+)(.*)", re.DOTALL)
 _INVALID_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
@@ -50,12 +51,6 @@ def program_name(module: str, command: str) -> str:
     if spec is not None and spec.name.removesuffix(".__main__") == module:
         return f"python -m {module}"
     return f"python {script}"
-
-
-def closest(name: str, valid: Collection[str]) -> str:
-    """A hint such as `"; did you mean 'dpassm'?"`, empty if nothing is close to `name`."""
-    matches = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 class Parser(argparse.ArgumentParser):

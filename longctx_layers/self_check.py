@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from longctx_layers import ops
+from longctx_layers.command_line import Parser, program_name
 from longctx_layers.numerics import error_budget as error_budget  # also importable from here
 from longctx_layers.numerics import max_error as max_error
 from longctx_layers.ops.examples import Draw
@@ -182,3 +184,17 @@ def selfcheck(device: torch.device | str | None = None) -> bool:
         print(f"{backend} refused some or all of them: {reason}")
     print("all right" if not wrong else f"{wrong} wrong: please report them with this table")
     return not wrong
+
+
+def main() -> None:
+    """Run the command line; the exit status is 1 if a backend is wrong."""
+    parser = Parser(
+        prog=program_name("longctx_layers.self_check", "selfcheck"),
+        description="Compare every backend that runs on this machine with the reference.",
+    )
+    parser.add_argument("--device", help="default: a GPU if there is one, else the CPU")
+    sys.exit(not selfcheck(parser.parse_args().device))
+
+
+if __name__ == "__main__":
+    main()

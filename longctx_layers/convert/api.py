@@ -12,7 +12,6 @@ import transformers
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from longctx_layers.command_line import closest
 from longctx_layers.convert.attention import ConvertedAttention, hand_over_segments
 from longctx_layers.convert.build import build_like
 from longctx_layers.convert.families import attention_sites, find_decoder
@@ -20,7 +19,7 @@ from longctx_layers.convert.model import adopt, converted_class
 from longctx_layers.layers import layer_options
 from longctx_layers.layers.init import mark_drawn
 from longctx_layers.layers.parameters import FULL_PRECISION
-from longctx_layers.ops.checks import expect_positive
+from longctx_layers.ops.checks import closest, expect_positive
 
 RECORD = "longctx_attention"  # the field of a model's config that lists its conversions
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from longctx_layers.hf.config import LongCtxConfig
 from longctx_layers.layers.init import draw_linear, draw_own, draw_weight, mark_drawn
 from longctx_layers.layers.parameters import FULL_PRECISION
+from longctx_layers.layers.weight_decay import no_weight_decay
 from longctx_layers.lm.model import LongContextLM
-from longctx_layers.weight_decay import no_weight_decay
 
 
 class InnerModel(LongContextLM):

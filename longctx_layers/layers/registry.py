@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from longctx_layers.command_line import closest
 from longctx_layers.layers.base import Layer
 from longctx_layers.layers.bigbird import BigBird
 from longctx_layers.layers.blade import BLADE
@@ -14,6 +13,7 @@ from longctx_layers.layers.causal import CausalAttention
 from longctx_layers.layers.dpassm import DPASSM
 from longctx_layers.layers.longformer import Longformer
 from longctx_layers.layers.window import WindowAttention
+from longctx_layers.ops.checks import closest
 
 LayerType = TypeVar("LayerType", bound=type[Layer[Any]])
 

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from longctx_layers.command_line import closest
 from longctx_layers.layers import LAYERS, Projection, RopeScaling, layer_name
 from longctx_layers.layers.registry import canonical_name, layer_parameters
-from longctx_layers.ops.checks import expect_positive
+from longctx_layers.ops.checks import closest, expect_positive
 
 
 @dataclass(frozen=True, kw_only=True)

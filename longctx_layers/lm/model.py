@@ -21,6 +21,7 @@ from longctx_layers.layers.parameters import (
     weight_of,
 )
 from longctx_layers.layers.plain_modules import works_by_token
+from longctx_layers.layers.weight_decay import no_weight_decay
 from longctx_layers.lm import generation, pretrained
 from longctx_layers.lm.block import Block
 from longctx_layers.lm.config import ModelConfig
@@ -31,7 +32,6 @@ from longctx_layers.ops.checks import (
     expect_shape,
     expect_tensor,
 )
-from longctx_layers.weight_decay import no_weight_decay
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import GenerationMixin
 
-from longctx_layers.command_line import closest
+from longctx_layers.ops.checks import closest
 
 # The name of the cache in arguments and outputs, which transformers 5.24 changed.
 _arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
