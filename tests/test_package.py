@@ -187,7 +187,7 @@ def test_transformers_imports_from_the_root() -> None:
 LEVELS = {
     "files": 0,
     "kernels": 1,
-    "command_line": 1,
+    "command_line": 3,
     "ops": 2,
     "layers": 3,
     "packing": 3,
