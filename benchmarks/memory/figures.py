@@ -32,12 +32,12 @@ def label(name: str) -> str:
     return style(name)[3]
 
 
-def by_length(found: ByBlock, trained: int, farthest: int) -> bytes:
+def by_length(by_block: ByBlock, trained: int, farthest: int) -> bytes:
     """Accuracy by length: medians as lines, seeds as dots. A PNG."""
     figure, axes = new_figure(
         "Passkey: accuracy by length", "length of the sequence (tokens)", "accuracy"
     )
-    for name, seeds in found.items():
+    for name, seeds in by_block.items():
         colour, mark, line, text = style(name)
         points: dict[int, list[float]] = {}
         for result in seeds:
@@ -59,14 +59,14 @@ def by_length(found: ByBlock, trained: int, farthest: int) -> bytes:
     return png(figure, axes)
 
 
-def by_state(found: ByBlock, length: int, pairs: Sequence[int]) -> bytes:
+def by_state(by_block: ByBlock, length: int, pairs: Sequence[int]) -> bytes:
     """Accuracy against bytes of state, with the number of pairs at each point, as a PNG."""
     figure, axes = new_figure(
         f"Associative recall in {length} tokens: accuracy by bytes of state",
         f"state after {length} tokens (bytes); at the points: pairs of key and value",
         "accuracy (median of the seeds)",
     )
-    for name, seeds in found.items():
+    for name, seeds in by_block.items():
         colour, mark, _, text = style(name)
         places: list[float] = []
         middles: list[float] = []
@@ -102,14 +102,14 @@ def by_state(found: ByBlock, length: int, pairs: Sequence[int]) -> bytes:
     return png(figure, axes)
 
 
-def by_position(found: ByBlock) -> bytes:
+def by_position(by_block: ByBlock) -> bytes:
     """Loss by position in the stream, a point for each pass over the whole text, as a PNG."""
     figure, axes = new_figure(
         "Loss over a stream of held-out text",
         "position in the stream (bytes)",
         "loss (nats per byte)",
     )
-    for name, seeds in found.items():
+    for name, seeds in by_block.items():
         colour, mark, line, text = style(name)
         for i, result in enumerate(seeds):
             losses = result["by_position"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks.memory import figures
 from benchmarks.memory.plan import FARTHEST, PAIRS, REACH, TRAINED
-from benchmarks.memory.tables import Result, at, judged, of, seeds_of, shown, values
+from benchmarks.memory.tables import Result, at, formatted, judged, of, seeds_of, values
 from longctx_layers.reports.markdown import table
 
 ByBlock = dict[str, list[Result]]  # one result for each seed
@@ -21,10 +21,10 @@ EXCHANGES = {
 }
 
 
-def at_training_length(found: ByBlock) -> str:
+def at_training_length(by_block: ByBlock) -> str:
     """The table of a recall task at the training length."""
     rows = []
-    for name, seeds in found.items():
+    for name, seeds in by_block.items():
         interval = "-"
         if len(seeds) == 1 and (row := at(seeds[0], TRAINED)):
             interval = f"{row['low']:.3f} to {row['high']:.3f}"
@@ -34,53 +34,53 @@ def at_training_length(found: ByBlock) -> str:
                 f"{seeds[0]['parameters']:,}",
                 f"{seeds[0]['steps']:,}",
                 seeds_of(seeds),
-                shown(values(seeds, TRAINED, "accuracy")),
+                formatted(values(seeds, TRAINED, "accuracy")),
                 interval,
-                shown(values(seeds, TRAINED, "accuracy_state_zeroed")),
+                formatted(values(seeds, TRAINED, "accuracy_state_zeroed")),
             ]
         )
     header = ["block", "parameters", "steps", "seeds", "accuracy", "95 % interval", "state zeroed"]
     return table(header, rows, words=True)
 
 
-def lengths_of(found: ByBlock) -> list[int]:
+def lengths_of(by_block: ByBlock) -> list[int]:
     """All lengths that were measured."""
-    return sorted({row["length"] for s in found.values() for r in s for row in r["rows"]})
+    return sorted({row["length"] for s in by_block.values() for r in s for row in r["rows"]})
 
 
-def at_lengths(found: ByBlock, lengths: Sequence[int]) -> str:
+def at_lengths(by_block: ByBlock, lengths: Sequence[int]) -> str:
     """The table of accuracy by length."""
     rows = [
-        [figures.label(block), *(shown(values(seeds, n, "accuracy")) for n in lengths)]
-        for block, seeds in found.items()
+        [figures.label(block), *(formatted(values(seeds, n, "accuracy")) for n in lengths)]
+        for block, seeds in by_block.items()
     ]
     return table(["block", *(f"{length:,}" for length in lengths)], rows, words=True)
 
 
 def passkey(results: list[Result]) -> Section:
     """Passkey, at the training length and far beyond it."""
-    found = of(results, "passkey")
+    by_block = of(results, "passkey")
     title = "Passkey: up to which length?"
-    if not found:
+    if not by_block:
         return title, "", {}
-    lengths = lengths_of(found)
+    lengths = lengths_of(by_block)
     targets = [
         f"- {block} at {length:,} tokens, at least {target:.0%}: "
-        f"{judged(found.get(block), length, target)}"
+        f"{judged(by_block.get(block), length, target)}"
         for block in ("dpassm", "blade")
         for length, target in ((TRAINED, 0.99), (16 * TRAINED, 0.95))
     ]
     parts = [
         "One value among noise of the same 32 symbols, at a random position, with the question at "
         f"the end; a guess scores 0.031. At {TRAINED} tokens, the training length:",
-        at_training_length(found),
+        at_training_length(by_block),
         f"The same models at up to {max(lengths):,} tokens:",
-        at_lengths(found, lengths),
+        at_lengths(by_block, lengths),
         "Targets:",
         "\n".join(targets),
         *_depths(of(results, "depths")),
     ]
-    picture = figures.by_length(found, TRAINED, FARTHEST)
+    picture = figures.by_length(by_block, TRAINED, FARTHEST)
     return title, _text(parts), {"passkey_by_length.png": picture}
 
 
@@ -88,20 +88,20 @@ def _text(parts: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _depths(found: ByBlock) -> list[str]:
+def _depths(by_block: ByBlock) -> list[str]:
     """Accuracy by the position of the value in long sequences; nothing if it was not measured."""
-    if not found:
+    if not by_block:
         return []
-    first = next(iter(found.values()))[0]
+    first = next(iter(by_block.values()))[0]
     rows = [
         [figures.label(block), str(r["seed"]), *(f"{row['accuracy']:.3f}" for row in r["rows"])]
-        for block, seeds in found.items()
+        for block, seeds in by_block.items()
         for r in seeds
     ]
     header = ["block", "seed", *(f"value at {row['depth']:.0%}" for row in first["rows"])]
     exchanges = [
-        [figures.label(block), *(shown([r[name] for r in seeds]) for name in EXCHANGES)]
-        for block, seeds in found.items()
+        [figures.label(block), *(formatted([r[name] for r in seeds]) for name in EXCHANGES)]
+        for block, seeds in by_block.items()
     ]
     return [
         f"The same by the position of the value, in {first['length']:,} tokens ({first['n']} "
@@ -122,21 +122,22 @@ def _depths(found: ByBlock) -> list[str]:
 
 def copying(results: list[Result]) -> Section:
     """Copying four tokens."""
-    found = of(results, "copy_recall")
+    by_block = of(results, "copy_recall")
     title = "Copy and recall"
-    if not found:
+    if not by_block:
         return title, "", {}
+    verdicts = {block: judged(by_block.get(block), TRAINED, 0.99) for block in ("dpassm", "blade")}
     targets = [
-        f"- {block} at {TRAINED} tokens, at least 99 %: {judged(found.get(block), TRAINED, 0.99)}"
-        for block in ("dpassm", "blade")
+        f"- {block} at {TRAINED} tokens, at least 99 %: {verdict}"
+        for block, verdict in verdicts.items()
     ]
     parts = [
         "Four tokens at the beginning that are to be repeated in order at the end, each with the "
         "correct ones before it; a guess scores 0.031. The global keys of Longformer and BigBird "
         f"see the first token. At {TRAINED} tokens:",
-        at_training_length(found),
+        at_training_length(by_block),
         "By length:",
-        at_lengths(found, lengths_of(found)),
+        at_lengths(by_block, lengths_of(by_block)),
         "Targets:",
         "\n".join(targets),
     ]
@@ -145,12 +146,12 @@ def copying(results: list[Result]) -> Section:
 
 def associative(results: list[Result]) -> Section:
     """Multi-query associative recall, and its cost in state."""
-    found = of(results, "mqar")
+    by_block = of(results, "mqar")
     title = "Associative recall, by pairs and by bytes of state"
-    if not found:
+    if not by_block:
         return title, "", {}
     rows = []
-    for block, seeds in found.items():
+    for block, seeds in by_block.items():
         row = at(seeds[0], TRAINED)
         assert row is not None
         rows.append(
@@ -158,12 +159,12 @@ def associative(results: list[Result]) -> Section:
                 figures.label(block),
                 seeds_of(seeds),
                 f"{row['state_bytes']:,}",
-                *(shown(values(seeds, TRAINED, "accuracy", pairs=pairs)) for pairs in PAIRS),
-                shown(values(seeds, TRAINED, "accuracy_state_zeroed", pairs=8)),
+                *(formatted(values(seeds, TRAINED, "accuracy", pairs=pairs)) for pairs in PAIRS),
+                formatted(values(seeds, TRAINED, "accuracy_state_zeroed", pairs=8)),
             ]
         )
     header = ["block", "seeds", "state (bytes)", *(f"{n} pairs" for n in PAIRS), "8, state zeroed"]
-    verdict = judged(found.get("dpassm"), TRAINED, 0.95, pairs=8)
+    verdict = judged(by_block.get("dpassm"), TRAINED, 0.95, pairs=8)
     parts = [
         "Pairs of key and value at the beginning, and a question for every key at least "
         f"{REACH + 1} tokens later, in {TRAINED} tokens. One model for all numbers of pairs; a "
@@ -172,17 +173,17 @@ def associative(results: list[Result]) -> Section:
         "with every further token.",
         table(header, rows, words=True),
         f"Target: dpassm with 8 pairs, at least 95 %: {verdict}",
-        _per_byte(found),
+        _per_byte(by_block),
     ]
-    return title, _text(parts), {"mqar_by_state.png": figures.by_state(found, TRAINED, PAIRS)}
+    return title, _text(parts), {"mqar_by_state.png": figures.by_state(by_block, TRAINED, PAIRS)}
 
 
-def _per_byte(found: ByBlock) -> str:
+def _per_byte(by_block: ByBlock) -> str:
     """Which block remembers most, and which most for the size of its state."""
     most = max(PAIRS)
     accuracies: dict[str, float] = {}
     per_kib: dict[str, float] = {}
-    for block, seeds in found.items():
+    for block, seeds in by_block.items():
         row = at(seeds[0], TRAINED)
         assert row is not None
         accuracy = statistics.median(values(seeds, TRAINED, "accuracy", pairs=most))

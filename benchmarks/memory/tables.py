@@ -35,7 +35,7 @@ def values(seeds: Sequence[Result], length: int, what: str, **which: Any) -> lis
     return [row[what] for row in rows if row is not None and row[what] is not None]
 
 
-def shown(numbers: Sequence[float]) -> str:
+def formatted(numbers: Sequence[float]) -> str:
     """The values of all seeds, preceded by their median in bold if there are several."""
     if not numbers:
         return "-"

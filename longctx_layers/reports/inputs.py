@@ -73,13 +73,13 @@ def find_results(
             f"got {len(folders)}"
         )
     pairs = zip(checkpoints, places, strict=True)
-    found = [results.find(checkpoint, place) for checkpoint, place in pairs]
-    if folders and not any(found):
+    matching = [results.find(checkpoint, place) for checkpoint, place in pairs]
+    if folders and not any(matching):
         raise FileNotFoundError(
             "--results: expected TASK.jsonl with rows of these checkpoints, got "
             f"{', '.join(map(str, folders))}; pass the --output_dir of an evaluation"
         )
-    return found
+    return matching
 
 
 def find_text(

@@ -155,8 +155,8 @@ class TaskMeasurement(Measurement):
     def measure(self, plan: Plan, model: LongContextLM) -> None:
         for length in plan.missing():
             begin = time.perf_counter()
-            with bar(plan, self.sequences(plan.options) * length, f"{length:,}") as shown:
-                score, details = self.score(plan, model, length, shown)
+            with bar(plan, self.sequences(plan.options) * length, f"{length:,}") as progress_bar:
+                score, details = self.score(plan, model, length, progress_bar)
             row = row_of(plan, length, score, time.perf_counter() - begin)
             names = plan.names(length)
             plan.details.add(*({**names, **detail, "key": plan.key} for detail in details))
@@ -167,10 +167,10 @@ class TaskMeasurement(Measurement):
         return options.n
 
     def score(
-        self, plan: Plan, model: LongContextLM, length: int, shown: tqdm[Any]
+        self, plan: Plan, model: LongContextLM, length: int, progress_bar: tqdm[Any]
     ) -> tuple[dict[str, Any], list[Row]]:
         """The score at one length, and the same in detail."""
-        score = _evaluate(plan, model, self.task, length, shown)
+        score = _evaluate(plan, model, self.task, length, progress_bar)
         step = math.ceil(len(score.by_place) / MOST_PLACES)
         places = list(score.by_place.items())[::step]
         return _fields(score), [
@@ -192,17 +192,20 @@ class NeedleMeasurement(TaskMeasurement):
         return options.depths * options.n
 
     def score(
-        self, plan: Plan, model: LongContextLM, length: int, shown: tqdm[Any]
+        self, plan: Plan, model: LongContextLM, length: int, progress_bar: tqdm[Any]
     ) -> tuple[dict[str, Any], list[Row]]:
         grid = needle_grid(plan.options.depths, self.task)
         scores = {
-            depth: _evaluate(plan, model, task, length, shown) for depth, task in grid.items()
+            depth: _evaluate(plan, model, task, length, progress_bar)
+            for depth, task in grid.items()
         }
         details = [{"depth": depth, **_fields(score)} for depth, score in scores.items()]
         return _together(list(scores.values())), details
 
 
-def _evaluate(plan: Plan, model: LongContextLM, task: Task, length: int, shown: tqdm[Any]) -> Score:
+def _evaluate(
+    plan: Plan, model: LongContextLM, task: Task, length: int, progress_bar: tqdm[Any]
+) -> Score:
     options = plan.options
     return evaluate(
         model,
@@ -213,7 +216,7 @@ def _evaluate(plan: Plan, model: LongContextLM, task: Task, length: int, shown: 
         seed=options.seed,
         probe=options.probe,
         tokens_at_once=options.tokens_at_once,
-        progress=shown.update,
+        progress=progress_bar.update,
     )
 
 
@@ -253,12 +256,12 @@ def _trained(plan: Plan) -> LongContextLM:
     recipe = Recipe(options.train_steps, options.train_len, learning_rate=options.learning_rate)
     label = f"training {options.task} {plan.loaded.block}"
     model.to(options.device)
-    with tqdm(total=recipe.steps, desc=label, unit="step", disable=None) as shown:
+    with tqdm(total=recipe.steps, desc=label, unit="step", disable=None) as progress_bar:
 
         def progress(step: int, loss: float, accuracy: float) -> None:
-            shown.update()
-            shown.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}")
-            if shown.disable and step % max(1, recipe.steps // 10) == 0:
+            progress_bar.update()
+            progress_bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}")
+            if progress_bar.disable and step % max(1, recipe.steps // 10) == 0:
                 print(f"{label}: step {step}, loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
 
         train(model, plan.measurement.task, recipe, seed=options.seed, progress=progress)

@@ -242,8 +242,8 @@ def options_of(flags: argparse.Namespace) -> Options:
     layer_options: Mapping[str, Any] = {}
     if checkpoint is None:
         block = block or "dpassm"
-        given = {name: getattr(flags, name) for name in BLOCK_FLAGS}
-        layer_options = block_options([block], given, flags.block_kwargs)[block]
+        values = {name: getattr(flags, name) for name in BLOCK_FLAGS}
+        layer_options = block_options([block], values, flags.block_kwargs)[block]
     return Options(
         task=flags.task,
         lengths=tuple(doubling(flags.seq_len, longest)),

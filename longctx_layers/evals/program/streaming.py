@@ -150,11 +150,13 @@ class StreamMeasurement(Measurement):
         piece = max(1, options.tokens_at_once // len(ids))
         probe = options.probe and has_memory(model)
         begin = time.perf_counter()
-        with bar(plan, (1 + probe) * rotated.numel(), "") as shown:
-            read = stream(model, ids, piece=piece, progress=shown.update)
+        with bar(plan, (1 + probe) * rotated.numel(), "") as progress_bar:
+            read = stream(model, ids, piece=piece, progress=progress_bar.update)
             zeroed = None
             if probe:
-                zeroed = stream(model, ids, piece=piece, forget_every=every, progress=shown.update)
+                zeroed = stream(
+                    model, ids, piece=piece, forget_every=every, progress=progress_bar.update
+                )
         seconds = time.perf_counter() - begin
         common = self._fields(options, model, read, part, every)
         rows = []

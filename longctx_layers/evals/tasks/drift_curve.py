@@ -107,10 +107,10 @@ def drift(loss: Tensor, part: int, skip: int = 0) -> Slope:
     shift = parts // rows * torch.arange(rows)
     index = (torch.arange(parts) - shift[:, None]) % parts  # where each row reads a part
     y, x = means.gather(1, index), position[index]  # [rows, parts of the text]
-    kept = (x >= (skip / 1000)).double()
-    count = kept.sum(0).clamp(min=1)
-    x = (x - (x * kept).sum(0) / count) * kept
-    y = (y - (y * kept).sum(0) / count) * kept
+    counted = (x >= (skip / 1000)).double()
+    count = counted.sum(0).clamp(min=1)
+    x = (x - (x * counted).sum(0) / count) * counted
+    y = (y - (y * counted).sum(0) / count) * counted
     spread = (x * x).sum()
     slope = ((x * y).sum() / spread).item()
     scores = (x * (y - slope * x)).sum(0)  # of each part
