@@ -150,3 +150,9 @@ def test_expects_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"expected a checkout with longctx_layers/__init__.py, got {tmp_path}" in (
         capsys.readouterr().err
     )
+
+
+def test_the_library_has_no_circle() -> None:
+    graph = structure.graph(Path(__file__).parents[1])
+    assert graph["circles between rooms"] == []
+    assert graph["circles between files"] == []

@@ -16,13 +16,14 @@ from typing import Any
 from benchmarks.speed.common import RUNS, Shape, forward
 from benchmarks.speed.contenders import FLOOR, case, decode, floors, module
 from benchmarks.speed.drawing import draw
-from benchmarks.speed.measuring import add_options, command, interleave, machine, shape_of, slope
+from benchmarks.speed.measuring import add_options, command, interleave, shape_of, slope
 from benchmarks.speed.memory import passes, peak_bytes
 from benchmarks.speed.operations import FULL, OPERATIONS, operation_case
 from benchmarks.speed.peers import SDPA
 from longctx_layers import LAYERS
 from longctx_layers.command_line import Parser
 from longctx_layers.files import write
+from longctx_layers.info import machine
 
 KINDS = ("layers", "operations")
 Rows = list[dict[str, Any]]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from benchmarks.speed.measuring import add_output_dir, command
 from longctx_layers import LAYERS, build_layer, ops, use_backend
 from longctx_layers.command_line import Parser
 from longctx_layers.files import write
+from longctx_layers.info import machine
 
 Call = Callable[[], Tensor]
 Group = tuple[str, dict[str, Callable[[], Call]]]  # a title, and contenders by name
@@ -230,10 +230,9 @@ def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     lines = [
-        f"`{command()}`: {gpu}, torch {torch.__version__}; bf16, {args.n_heads} "
-        f"heads of {args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
+        f"`{command()}`: {machine(args.device)}; bf16, {args.n_heads} heads of "
+        f"{args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
     ]
     title = None
     for row in rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 import time
@@ -12,10 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.speed.common import ROOT, Shape
-from longctx_layers.reports.files import add_output
+from longctx_layers.command_line import add_output
 
 
 class Timing(NamedTuple):
@@ -85,14 +82,6 @@ def slope(lengths: Sequence[int], values: Sequence[float]) -> float:
     x = [math.log(n) for n in lengths]
     y = [math.log(v) for v in values]
     return statistics.linear_regression(x, y).slope
-
-
-def machine() -> str:
-    """The machine and the version of torch, as the tables name them."""
-    return (
-        f"{torch.get_num_threads()} threads of {platform.machine()} with "
-        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    )
 
 
 def command() -> str:

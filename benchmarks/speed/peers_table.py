@@ -17,12 +17,13 @@ from typing import Any
 from benchmarks.speed.common import RUNS
 from benchmarks.speed.contenders import FLOOR, case, floors
 from benchmarks.speed.drawing import draw
-from benchmarks.speed.measuring import add_options, command, interleave, machine, shape_of
+from benchmarks.speed.measuring import add_options, command, interleave, shape_of
 from benchmarks.speed.memory import passes, peak_bytes
 from benchmarks.speed.peers import PEERS, check
 from longctx_layers import LAYERS
 from longctx_layers.command_line import Parser
 from longctx_layers.files import write
+from longctx_layers.info import machine
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.measuring import command, machine
-from examples.demo import train
+from benchmarks.speed.measuring import command
+from benchmarks.speed.training import train_on_text
 from longctx_layers import create_model
 from longctx_layers.command_line import Parser
 from longctx_layers.data.byte_text import documents, split
+from longctx_layers.evals import token_losses
+from longctx_layers.info import machine
 from longctx_layers.testing import rates
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,10 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def loss(model: nn.Module, rows: list[Tensor]) -> float:
     """The mean loss over all bytes."""
-    return sum(
-        nn.functional.cross_entropy(model(row[None, :-1])[0].float(), row[1:]).item()
-        for row in rows
-    ) / len(rows)
+    return sum(token_losses(model, row[None]).mean().item() for row in rows) / len(rows)
 
 
 def version(model: nn.Module, *, low_rates: bool, low_rest: bool) -> nn.Module:
@@ -81,7 +80,15 @@ def table(args: argparse.Namespace) -> list[str]:
     for name, (block, options) in MODELS.items():
         torch.manual_seed(0)
         model = create_model(256, "tiny", block, block_kwargs=options)
-        train(block, model, training, argparse.Namespace(**vars(args), learning_rate=2e-3, seed=0))
+        train_on_text(
+            block,
+            model,
+            training,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            sequence_length=args.sequence_length,
+        )
+        model.eval()
         exact = loss(model, rows)
         costs = [
             loss(version(model, low_rates=a, low_rest=b), rows) - exact

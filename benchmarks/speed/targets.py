@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.speed import layer_targets, model_targets
-from benchmarks.speed.measuring import Row, add_options, command, machine
+from benchmarks.speed.measuring import Row, add_options, command
 from longctx_layers import LAYERS
 from longctx_layers.command_line import Parser, closest
 from longctx_layers.files import write
+from longctx_layers.info import machine
 
 Section = Callable[[argparse.Namespace], Iterator[Row]]
 SECTIONS: dict[str, Section] = {

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.measuring import command, interleave, machine
-from examples.demo import train
+from benchmarks.speed.measuring import command, interleave
+from benchmarks.speed.training import train_on_text
 from longctx_layers import DPASSM, create_model
-from longctx_layers.command_line import Parser
+from longctx_layers.command_line import Parser, add_output
 from longctx_layers.data.byte_text import documents, split, stretch
+from longctx_layers.evals import token_losses
 from longctx_layers.files import write
-from longctx_layers.reports.files import add_output
+from longctx_layers.info import machine
 
 BEGIN, END = "<!-- tools table, begin -->", "<!-- tools table, end -->"
 
@@ -90,9 +91,15 @@ def accuracy(args: argparse.Namespace) -> list[str]:
     torch.manual_seed(0)
     options = {"window_size": 16, "ssm_state_dim": 16}
     model = create_model(256, "tiny", "dpassm", block_kwargs=options)
-    settings = argparse.Namespace(**vars(args), learning_rate=2e-3, seed=0)
     with torch.enable_grad():
-        train("dpassm", model, training, settings)
+        train_on_text(
+            "dpassm",
+            model,
+            training,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            sequence_length=args.sequence_length,
+        )
     lines = [
         "| weights | bytes | loss, nats per byte | more than float32 | same likeliest byte |",
         "|---|---|---|---|---|",
@@ -100,7 +107,8 @@ def accuracy(args: argparse.Namespace) -> list[str]:
     reference: tuple[Tensor, Tensor] | None = None
     for name, version in VERSIONS.items():
         changed = version(deepcopy(model)).eval()
-        losses, likeliest = score(changed, checks)
+        losses = token_losses(changed, checks, tokens_at_once=length)
+        likeliest = most_likely(changed, checks)
         reference = reference or (losses, likeliest)
         more = (losses - reference[0]).mean().item()
         same = (likeliest == reference[1]).double().mean().item()
@@ -111,14 +119,9 @@ def accuracy(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def score(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and most likely byte at each position, `[n, T]`."""
-    losses, likeliest = [], []
-    for row in ids:
-        logits = model(row[None, :-1])[0].float()
-        losses.append(nn.functional.cross_entropy(logits, row[1:], reduction="none"))
-        likeliest.append(logits.argmax(-1))
-    return torch.stack(losses), torch.stack(likeliest)
+def most_likely(model: nn.Module, ids: Tensor) -> Tensor:
+    """The most likely byte at each position, `[n, T]`."""
+    return torch.cat([model(row[None, :-1]).argmax(-1) for row in ids])
 
 
 def size(module: nn.Module) -> int:

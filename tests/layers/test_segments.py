@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from longctx_layers.testing import LAYER_CASES, small_layer
+from longctx_layers.testing import LAYER_CASES, assert_packs, small_layer
 
 FEWER = settings(max_examples=max(settings.default.max_examples * 2 // 5, 1))
 CASES = pytest.mark.parametrize("case", LAYER_CASES)
@@ -31,19 +31,7 @@ def streamed(layer, x, ids):
 @given(lengths=st.lists(st.integers(1, 12) | st.integers(66, 140), min_size=1, max_size=4))
 @FEWER
 def test_packed_documents_equal_separate_ones(case, lengths):
-    layer = small_layer(case)
-    x = inputs(sum(lengths))
-    # Ids may return: only a change of id begins a segment.
-    ids = torch.repeat_interleave(torch.arange(len(lengths)) % 2, torch.tensor(lengths))[None]
-    y, state = layer(x, segment_ids=ids)
-    separate = [layer(part) for part in x.split(lengths, 1)]
-    assert_close(y, torch.cat([y for y, _ in separate], 1), **EXACT)
-    last = separate[-1][1]
-    for name in set(state._fields) - {"segment", "k", "v"}:
-        assert_close(getattr(state, name), getattr(last, name), **EXACT)
-    # Caches that grow keep the row's earlier segments; what comes next must not see them.
-    more = inputs(7, seed=1)
-    assert_close(layer(more, state)[0], layer(more, last)[0], **EXACT)
+    assert_packs(small_layer(case), inputs(sum(lengths)), lengths)
 
 
 @CASES

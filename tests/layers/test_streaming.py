@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from longctx_layers.layers import map_state
-from longctx_layers.testing import LAYER_CASES, small_layer
+from longctx_layers.testing import LAYER_CASES, assert_streams, small_layer, state_gradients
 
 FEWER = settings(max_examples=max(settings.default.max_examples * 2 // 5, 1))
 
@@ -36,29 +35,6 @@ def packed_ids(batch, length, seed):
     return torch.where(pad < 0.2, -1 - seed % 2, ids)
 
 
-def stream(layer, x, pieces, segment_ids=None):
-    """Outputs and final state of one call per piece, each of which leaves its state alone."""
-    ids = [None] * len(pieces) if segment_ids is None else segment_ids.split(pieces, 1)
-    ys, state = [], None
-    for part, part_ids in zip(x.split(pieces, 1), ids, strict=True):
-        before = None if state is None else map_state(torch.clone, state)
-        y, new = layer(part, state, segment_ids=part_ids)
-        assert_close(state, before, rtol=0, atol=0)
-        ys.append(y)
-        state = new
-    return torch.cat(ys, 1), state
-
-
-def gradients(layer, x, y, state):
-    """Of x and all parameters, through the outputs and through every float tensor of the state."""
-    generator = torch.Generator().manual_seed(9)
-    loss = 0
-    for result in (y, *(s for s in state if s.is_floating_point())):
-        weight = torch.randn(result.shape, generator=generator, dtype=torch.float64)
-        loss = loss + (result * weight.to(result.dtype)).sum()
-    return torch.autograd.grad(loss, [x, *layer.parameters()])
-
-
 @pytest.mark.parametrize("case", LAYER_CASES)
 @given(
     pieces=SPLITS,
@@ -72,14 +48,8 @@ def gradients(layer, x, y, state):
 def test_any_split_streams_like_one_pass(case, pieces, batch, n_kv_heads, size, seed, packed):
     layer = small_layer(case, n_kv_heads=n_kv_heads, **sized(case, size))
     torch.manual_seed(seed)
-    x = torch.randn(batch, sum(pieces), 16, dtype=torch.float64, requires_grad=True)
-    ids = packed_ids(batch, sum(pieces), seed) if packed else None
-    y, final = layer(x, segment_ids=ids)
-    streamed, state = stream(layer, x, pieces, ids)
-    assert_close(streamed, y, rtol=1e-9, atol=1e-9)
-    assert_close(state, final, rtol=1e-9, atol=1e-9)
-    expected = gradients(layer, x, y, final)
-    assert_close(gradients(layer, x, streamed, state), expected, rtol=1e-9, atol=1e-9)
+    x = torch.randn(batch, sum(pieces), 16, dtype=torch.float64)
+    assert_streams(layer, x, pieces, packed_ids(batch, sum(pieces), seed) if packed else None)
 
 
 @pytest.mark.parametrize("case", LAYER_CASES)
@@ -115,8 +85,8 @@ def test_a_long_call_in_pieces_is_the_same(case, length, at_once, batch, seed, p
         patch.setattr("longctx_layers.layers.splitting.TOKENS_AT_ONCE", at_once)
         pieces = layer(x, segment_ids=ids)
     assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
-    expected = gradients(layer, x, *whole)
-    assert_close(gradients(layer, x, *pieces), expected, rtol=1e-9, atol=1e-9)
+    expected = state_gradients(layer, x, *whole)
+    assert_close(state_gradients(layer, x, *pieces), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", ["bigbird", "bigbird-random"])
@@ -140,4 +110,6 @@ def test_a_growing_state_is_read_in_pieces(monkeypatch, case, packed, cached):
     found = layer(x, state, segment_ids=ids)
     assert len(pieces) >= 2
     assert_close(found, whole, rtol=1e-9, atol=1e-9)
-    assert_close(gradients(layer, x, *found), gradients(layer, x, *whole), rtol=1e-9, atol=1e-9)
+    assert_close(
+        state_gradients(layer, x, *found), state_gradients(layer, x, *whole), rtol=1e-9, atol=1e-9
+    )

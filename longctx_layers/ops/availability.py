@@ -1,4 +1,7 @@
-"""When Triton's kernels can run a call: asked without importing Triton, and while tracing."""
+"""When Triton's kernels can run on a GPU: answered without importing Triton, also while tracing.
+
+What holds for all hand-written backends (devices, compilers, derivatives) is in `operation`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx_layers.ops.second_order import NO_FORWARD_MODE, forward_mode
-
-OLDEST = 8  # compute capability: before, registers spill by the thousands
+OLDEST = 8  # compute capability: on older GPUs, registers spill by the thousands
 MINIMUM = (3, 6)
-# NVIDIA architectures on which later versions only are right, by major compute capability.
+# NVIDIA architectures on which only later versions are right, by major compute capability.
 # Gradients on Hopper: https://github.com/fla-org/flash-linear-attention/issues/640 and 984.
 MINIMUM_ON = {9: (3, 7, 1)}
 OVERRIDE = "LONGCTX_TRITON_ANY"
-# Of AMD's architectures those with matrix instructions for 64 lanes (MI200 and later): on gfx11
-# (RDNA) attention and state spaces spill hundreds of registers.
+# AMD's architectures with matrix instructions for 64 lanes (MI200 and later). On gfx11 (RDNA),
+# attention and state spaces spill hundreds of registers.
 AMD = ("gfx90a", "gfx94", "gfx95")
 
 INSTALLED = util.find_spec("triton") is not None
@@ -45,21 +46,15 @@ def _is_on(value: str | None) -> bool:
 ANY_VERSION = _is_on(os.environ.get(OVERRIDE))
 
 
-def refuse(x: Tensor, *_: Any, **__: Any) -> str | None:
-    """Why Triton's kernels can't run an operation's call, whose first argument is x, or None."""
-    if x.numel() == 0:
-        return f"takes no empty tensors, got one of shape {list(x.shape)}"
-    if not torch.compiler.is_compiling() and forward_mode():
-        return NO_FORWARD_MODE
+def refuse_triton(x: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why Triton's kernels can't run a call whose first argument is x, on a GPU, or None."""
     return refuse_device(x.device, x.dtype)
 
 
 def refuse_device(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton's kernels can't run on a device in a dtype, or None."""
-    if device.type != "cuda":
-        return f"needs a GPU of NVIDIA or AMD, got a tensor on {device.type!r}"
+    """Why Triton's kernels can't run on a GPU in a dtype, or None."""
     if not INSTALLED:
-        return "Triton is not installed: pip install 'longctx-layers[triton]'"
+        return "needs Triton: pip install 'longctx-layers[triton]'"
     if dtype == torch.float64:
         return "computes in float32: float64 runs on the torch path"
     # Unlike get_device_capability, torch.compile takes the properties for a constant.
@@ -70,10 +65,10 @@ def refuse_device(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def refuse_architecture(name: str) -> str | None:
-    """Why an architecture of AMD, such as `"gfx942:sramecc+:xnack-"`, is not used, or None."""
+    """Why an AMD architecture, such as `"gfx942:sramecc+:xnack-"`, is not used, or None."""
     if name.startswith(AMD):
         return None
-    return f"needs one of {', '.join(AMD)} among AMD's GPUs, got {name}, where registers spill"
+    return f"needs one of {', '.join(AMD)} among AMD GPUs, got {name}, where registers spill"
 
 
 def refuse_version(version: tuple[int, ...], capability: int | None) -> str | None:
