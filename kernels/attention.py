@@ -1,4 +1,4 @@
-"""Sparse causal attention as one operator with gradients: what torch sees of the kernels."""
+"""Custom operator of sparse causal attention, with gradients: how torch calls the kernels."""
 
 from __future__ import annotations
 
@@ -44,9 +44,18 @@ _sparse_attention_backward = torch.library.custom_op(
 
 @_sparse_attention_backward.register_fake
 def _(
-    do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    first: Tensor, far_q: Tensor | None, far_k: Tensor | None, *_: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    do: Tensor,
+    dlse: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    far_q: Tensor | None,
+    far_k: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     gradients = [empty_by_token(x) for x in (q, k, v)]
     if far_q is None or far_k is None:
         return (*gradients, *(q.new_empty(0) for _ in range(3)))
@@ -59,7 +68,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: checkpointing computes it again for each read
+    saved = ctx.saved_tensors  # read once: with checkpointing, each read recomputes them
     dq, dk, dv, *dfar = _sparse_attention_backward(do, dlse, *saved, ctx.far_block, ctx.scale)
     far = dfar if saved[6] is not None else (None, None, None)
     return dq, dk, dv, None, *far, None, None, None

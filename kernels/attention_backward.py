@@ -1,8 +1,9 @@
-"""Gradients of sparse attention: without atomics, so that they are the same in every run.
+"""Gradients of sparse attention, without atomics, so that they are the same in every run.
 
-Each kernel computes the weights it needs again, from the scores and the log-sum-exp. `_keys` takes
-a tile of keys and loops over the rows that see it, all heads of the group included; `_queries`
-takes a tile of rows and loops over its keys; `_far` takes a tile of the rows of one list.
+Each kernel recomputes the attention weights that it needs, from the scores and the log-sum-exp.
+`_queries` takes a tile of rows and loops over its keys. `_keys` takes a tile of keys and loops over
+the rows that see it, of all heads of the group. `_far` takes a tile of the rows that share a list
+of far keys.
 """
 
 from __future__ import annotations
@@ -52,10 +53,19 @@ DELTA_ROWS = 32
 
 @triton.jit
 def _delta(
-    O, DO, DLSE, DELTA, rows, T, heads,
-    P: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """`o . do`, less the gradient of the log-sum-exp: what a row's weights share."""
+    O,
+    DO,
+    DLSE,
+    DELTA,
+    rows,
+    T,
+    heads,
+    P: tl.constexpr,
+    HEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """`o . do` minus the gradient of the log-sum-exp: the term that all weights of a row share."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, HEAD)
     inside = row < rows
@@ -70,7 +80,7 @@ def _delta(
 
 @triton.jit
 def _gradient(scores, seen, lse, dp, delta, scale, MASKED: tl.constexpr):
-    """Weights, and the gradient of what was scaled to their exponents."""
+    """The weights, and the gradient of the scores after scaling."""
     weights = tl.exp2(scores * scale - lse)
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
@@ -82,7 +92,7 @@ def _to_queries(
     dq, q, do, lse, delta, first, end, K, V, n, k_at, v_at, k_t, v_t, j, d, S, scale,
     P: tl.constexpr, HEAD: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the block of keys from n on contributes to the gradient of q."""
+    """Add the contribution of the block of keys that begins at n to the gradient of q."""
     k = _load_block(K + n.to(tl.int64) * k_t, k_at, n + j, S, d, P, HEAD, MASKED)
     v = _load_block(V + n.to(tl.int64) * v_t, v_at, n + j, S, d, P, HEAD, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=DOT, out_dtype=dq.dtype)
@@ -100,9 +110,9 @@ def _queries(
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q through the range."""
+    """The gradient of q, without that through far keys."""
     tiles = tl.cdiv(T * SHARE, ROWS)
-    tile, pair = index_of_two(tiles)  # of a row and a group
+    tile, pair = index_of_two(tiles)  # the pair is a row of the batch and a group
     tile, b, g = tiles - 1 - tile, pair // G, pair % G
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < T * SHARE
@@ -116,9 +126,12 @@ def _queries(
     delta = tl.load(DELTA + number, mask=inside, other=0.0)
     first = tl.load(FIRST + b * first_b + t, mask=inside, other=T) + prefix
     begin, whole_begin, whole_end, left, masked = blocks(
-        tl.load(FIRST + b * first_b + first_token) + prefix, last_token + prefix + 1,
-        tl.load(FIRST + b * first_b + last_token) + prefix, first_token + prefix + 1, KEYS,
-    )  # fmt: skip
+        tl.load(FIRST + b * first_b + first_token) + prefix,
+        last_token + prefix + 1,
+        tl.load(FIRST + b * first_b + last_token) + prefix,
+        first_token + prefix + 1,
+        KEYS,
+    )
     j = tl.arange(0, KEYS)
     K += b * k_b + g * k_g
     V += b * v_b + g * v_g
@@ -146,7 +159,7 @@ def _to_keys(
     G: tl.constexpr, SHARE: tl.constexpr, P: tl.constexpr, HEAD: tl.constexpr,
     DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what a tile of rows contributes to the gradients of k and v; all is transposed here."""
+    """Add the contribution of a tile of rows to the gradients of k and v; scores are transposed."""
     t, h, inside = row // SHARE, g * SHARE + row % SHARE, row < T * SHARE
     at = h[:, None] * q_h + t.to(tl.int64)[:, None] * q_t + d[None, :]
     out = ((b * T + t) * (G * SHARE) + h)[:, None] * P + d[None, :]
@@ -175,7 +188,10 @@ def _keys(
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and v. `SEEN`: how many tokens begin at a tile's first key, or at its last."""
+    """Gradients of k and v.
+
+    `SEEN` is the number of tokens whose ranges begin by the first, and by the last key of a tile.
+    """
     S = T + prefix
     tile, pair = index_of_two(tl.cdiv(S, KEYS))
     b, g = pair // G, pair % G
@@ -185,9 +201,12 @@ def _keys(
     k, v = _load(K, k_at, key < S, d, P, HEAD), _load(V, v_at, key < S, d, P, HEAD)
     seen_at = SEEN + b * seen_b + 2 * tile
     begin, whole_begin, whole_end, left, masked = blocks(
-        tl.maximum(tile * KEYS - prefix, 0) * SHARE, tl.load(seen_at + 1) * SHARE,
-        tl.maximum(tile * KEYS + KEYS - 1 - prefix, 0) * SHARE, tl.load(seen_at) * SHARE, ROWS,
-    )  # fmt: skip
+        tl.maximum(tile * KEYS - prefix, 0) * SHARE,
+        tl.load(seen_at + 1) * SHARE,
+        tl.maximum(tile * KEYS + KEYS - 1 - prefix, 0) * SHARE,
+        tl.load(seen_at) * SHARE,
+        ROWS,
+    )
     Q += b * q_b
     FIRST += b * first_b
     dk, dv = tl.zeros((KEYS, HEAD), PRECISE), tl.zeros((KEYS, HEAD), PRECISE)
@@ -215,7 +234,7 @@ def _far(
     G: tl.constexpr, SHARE: tl.constexpr, P: tl.constexpr, HEAD: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the far queries, and a tile's share of those of the far keys and values."""
+    """Gradients of the far queries, and the tile's part of those of the far keys and values."""
     tile, list, pair = index_of_three(tiles, lists)
     b, g = pair // G, pair % G
     row, d = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, HEAD)
@@ -264,7 +283,7 @@ def backward(
     far_block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, far_q, far_k and far_v (without far keys: of no elements)."""
+    """Gradients of q, k, v, far_q, far_k and far_v; the last three are empty without far keys."""
     call = prepare(q, k, v, first, far_q, far_k, far_v, far_mask, far_block)
     (batch, heads, length, dim), (groups, keys) = q.shape, k.shape[1:3]
     share, (_, prefix, count, lists, block) = heads // groups, call.sizes
@@ -278,12 +297,27 @@ def backward(
     dq, dk, dv = (empty_by_token(x) for x in (q, k, v))
     tiles = pick(QUERIES).of(q.dtype, call.head)
     _queries[grid(triton.cdiv(length * share, tiles.rows), batch * groups)](
-        call.q, call.k, call.v, first, do, lse, delta, dq, *call.strides[:10],
-        length, prefix, *scales, *shape, tiles.rows, tiles.keys, *dots,
-        tiles.num_stages, num_warps=tiles.num_warps,
-    )  # fmt: skip
+        call.q,
+        call.k,
+        call.v,
+        first,
+        do,
+        lse,
+        delta,
+        dq,
+        *call.strides[:10],
+        length,
+        prefix,
+        *scales,
+        *shape,
+        tiles.rows,
+        tiles.keys,
+        *dots,
+        tiles.num_stages,
+        num_warps=tiles.num_warps,
+    )
     tiles = pick(KEYS).of(q.dtype, call.head)
-    # Ranges begin later and later: tokens that see a key are those before a place in `first`.
+    # Since `first` never decreases, the tokens that see a key are those before a place in it.
     edge = torch.arange(-prefix, length, tiles.keys, device=q.device, dtype=torch.int32)
     edges = torch.stack([edge, edge + (tiles.keys - 1)], dim=1).flatten()
     seen = torch.searchsorted(
@@ -302,7 +336,7 @@ def backward(
         q.new_empty(batch, groups, lists, parts, count, dim, dtype=lse.dtype) for _ in range(2)
     )
     far_q, far_k, far_v, far_mask = call.far
-    # Few far keys make small products: plain ones, where three of TF32 would spill registers.
+    # Few far keys make small products. They are "ieee", since three of TF32 would spill registers.
     _far[grid(parts, lists, batch * groups)](
         far_q, far_k, far_v, far_mask, do, lse, delta, dfar_q, dfar_k, dfar_v,
         *call.strides[:3], *call.strides[10:], length, count, lists, block, parts, *scales,

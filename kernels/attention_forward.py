@@ -1,12 +1,13 @@
-"""Sparse causal attention: one softmax over a range of keys and a short list of far ones.
+"""Sparse causal attention: one softmax over a range of keys and a short list of far keys.
 
 The query heads that share a key head are rows of one tile: row r of group g is the query of token
-`r // SHARE` and head `g * SHARE + r % SHARE`, so that keys are read once a group, and a single
-token of a large group fills a tile. Keys count from the first cached one; `FIRST` holds where each
-token's range begins and never falls, so that a tile's first and last row tell which blocks of keys
-need a mask (some at both ends) and which need none (all between).
+`r // SHARE` and head `g * SHARE + r % SHARE`. So the keys are read once per group, and in decoding
+a single token of a large group fills a tile. Keys are numbered from the first cached one. `FIRST`
+holds the first key of each token's range and never decreases from token to token. So the first and
+last rows of a tile tell which blocks of keys need a mask (some at both ends) and which do not.
 
-A few rows over many keys are split over the keys; `_merge` puts the parts together.
+If there are few rows and many keys, the keys are split between programs, and `_merge` combines the
+parts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ check_import_name(__name__)
 
 
 class Tiles(NamedTuple):
-    """Rows (queries) and keys of a tile, and how to launch it."""
+    """Rows (queries) and keys of a tile, and the launch options."""
 
     rows: int
     keys: int
@@ -36,7 +37,7 @@ class Tiles(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """Tiles by head_dim for 16-bit inputs, and those for wider ones of a head_dim up to 128."""
+    """Tiles by head_dim for 16-bit inputs, and those for wider inputs with a head_dim up to 128."""
 
     upto_64: Tiles
     upto_128: Tiles
@@ -51,7 +52,7 @@ class Choices(NamedTuple):
 
 
 def table(**rows: tuple[tuple[int, int, int, int], ...]) -> dict[str, Choices]:
-    """Choices by target."""
+    """Tiles by target, each row in the order of the fields of `Choices`."""
     return {target: Choices(*(Tiles(*tiles) for tiles in row)) for target, row in rows.items()}
 
 
@@ -62,14 +63,14 @@ FORWARD = table(
     sm_100=((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (16, 32, 8, 1)),
     gfx942=((128, 64, 4, 1), (128, 32, 4, 1), (128, 32, 4, 1), (32, 32, 4, 1)),
 )
-# Calls of no more rows than these, such as a token of 16 grouped heads.
+# For calls with no more rows than these, such as one token of 16 heads that share a key head.
 DECODE = table(default=((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 8, 1)))
-FAR_KEYS = 16  # far keys that a tile takes at a time
+FAR_KEYS = 16  # far keys that a program takes at a time
 
 
 @triton.jit
 def _load(X, at, inside, d, P: tl.constexpr, HEAD: tl.constexpr):
-    """A tile of which rows are inside or not, with zeros elsewhere."""
+    """Load a tile; rows that are not inside are 0."""
     mask = inside[:, None]
     if P < HEAD:
         mask = mask & (d < P)[None, :]
@@ -78,7 +79,7 @@ def _load(X, at, inside, d, P: tl.constexpr, HEAD: tl.constexpr):
 
 @triton.jit
 def _load_block(X, at, n, end, d, P: tl.constexpr, HEAD: tl.constexpr, MASKED: tl.constexpr):
-    """The block that begins at row n; only masked ones may reach beyond the end."""
+    """Load a block whose rows have the numbers n; only masked blocks may exceed the end."""
     if MASKED:
         return _load(X, at, n < end, d, P, HEAD)
     if P < HEAD:
@@ -88,7 +89,7 @@ def _load_block(X, at, n, end, d, P: tl.constexpr, HEAD: tl.constexpr, MASKED: t
 
 @triton.jit
 def _store(X, at, x, inside, d, P: tl.constexpr, HEAD: tl.constexpr):
-    """Write the rows of a tile that are inside."""
+    """Store the rows of a tile that are inside."""
     mask = inside[:, None]
     if P < HEAD:
         mask = mask & (d < P)[None, :]
@@ -97,16 +98,16 @@ def _store(X, at, x, inside, d, P: tl.constexpr, HEAD: tl.constexpr):
 
 @triton.jit
 def ends(tile, T, SHARE: tl.constexpr, ROWS: tl.constexpr):
-    """The tokens of a tile's first and last row."""
+    """The tokens of the first and last row of a tile."""
     return tile * ROWS // SHARE, tl.minimum(((tile + 1) * ROWS - 1) // SHARE, T - 1)
 
 
 @triton.jit
 def blocks(begin, end, whole_begin, whole_end, STEP: tl.constexpr):
-    """Cut `[begin, end)` into blocks, of which those inside the whole part need no mask.
+    """Divide `[begin, end)` into blocks of STEP; those inside the whole part need no mask.
 
-    Returns begin and the whole part in multiples of STEP, the number of masked blocks before it,
-    and that of all masked blocks.
+    Returns begin and both ends of the whole part, rounded to multiples of STEP, the number of
+    masked blocks before the whole part, and the number of all masked blocks.
     """
     begin = begin // STEP * STEP
     end = tl.maximum(tl.cdiv(end, STEP) * STEP, begin)
@@ -118,14 +119,14 @@ def blocks(begin, end, whole_begin, whole_end, STEP: tl.constexpr):
 
 @triton.jit
 def masked_block(i, begin, whole_end, left, STEP: tl.constexpr):
-    """Where the i-th masked block begins."""
+    """The begin of the i-th masked block."""
     n = tl.where(i < left, begin + i * STEP, whole_end + (i - left) * STEP)
     return tl.multiple_of(n, STEP)
 
 
 @triton.jit
 def _add(acc, total, top, scores, v, scale, DOT: tl.constexpr):
-    """Online softmax, in base 2: `top` is the largest exponent so far, always finite."""
+    """A step of online softmax in base 2; `top` is the largest exponent so far, always finite."""
     highest = tl.maximum(top, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - highest[:, None])
     fade = tl.exp2(top - highest)
@@ -146,9 +147,9 @@ def _forward(
     FAR_KEYS: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T * SHARE, ROWS)
-    part, pair = index_of_two(tiles * SPLITS)  # of a row and a group
+    part, pair = index_of_two(tiles * SPLITS)  # the pair is a row of the batch and a group
     split, b, g = part % SPLITS, pair // G, pair % G
-    # The last tiles first: in full attention they have the most to do.
+    # The last tiles first, since they have the most keys in full attention.
     tile = tiles - 1 - part // SPLITS
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < T * SHARE
@@ -216,7 +217,7 @@ def _forward(
         v = _load_block(V + n.to(tl.int64) * v_t, v_at, n + j, S, d, P, HEAD, False)
         acc, total, top = _add(acc, total, top, scores, v, scale, DOT)
 
-    # Rows without a key: those beyond the last token, and those of a split that holds none.
+    # No keys: rows beyond the last token, and rows that have none in this split.
     total = tl.where(total == 0, 1, total)
     acc = acc / total[:, None]
     lse = (top + tl.log2(total)) * 0.6931471805599453
@@ -228,10 +229,19 @@ def _forward(
 
 @triton.jit
 def _merge(
-    PARTS, PART_LSE, O, LSE, rows, T, heads, P: tl.constexpr, HEAD: tl.constexpr,
-    SPLITS: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """One row of all splits, weighted by what each of them holds of the softmax."""
+    PARTS,
+    PART_LSE,
+    O,
+    LSE,
+    rows,
+    T,
+    heads,
+    P: tl.constexpr,
+    HEAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """One row: the average of all splits, weighted by their parts of the softmax's denominator."""
     row = tl.program_id(0).to(tl.int64)
     split, d = tl.arange(0, PADDED), tl.arange(0, HEAD)
     b, t, h = row // (T * heads), row // heads % T, row % heads
@@ -248,23 +258,23 @@ def _merge(
 
 
 def strided(x: Tensor) -> Tensor:
-    """x; copied if rows are not contiguous, or too far apart for offsets of 32 bits in a tile."""
+    """x, or a copy if rows are not contiguous, or too far apart for 32-bit offsets in a tile."""
     return x if x.stride(-1) == 1 and x.stride(2) < 2**23 else x.contiguous()
 
 
 def by_token(x: Tensor) -> Tensor:
-    """`[B, H, T, P]` with the memory of `[B, T, H, P]`, as the kernels write it."""
+    """x `[B, H, T, P]`, stored as `[B, T, H, P]`, which is the layout that the kernels write."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def empty_by_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Room for a tensor of x's shape, laid out by token."""
+    """An empty tensor of x's shape `[B, H, T, P]`, stored as `[B, T, H, P]`."""
     batch, heads, length, dim = x.shape
     return x.new_empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
 
 
 class Call(NamedTuple):
-    """What forward and backward kernels make of one call's tensors."""
+    """The arguments of a call, as the forward and backward kernels take them."""
 
     q: Tensor
     k: Tensor
@@ -289,7 +299,7 @@ def prepare(
     far_mask: Tensor | None,
     far_block: int,
 ) -> Call:
-    """Strides, sizes and flags of a call; tensors are copied only where they must be."""
+    """Arrange the arguments of a call; tensors are copied only where the kernels need it."""
     q, k, v = strided(q), strided(k), strided(v)
     heads, length, dim = q.shape[1:]
     groups = k.shape[1]
@@ -318,7 +328,7 @@ def prepare(
 
 
 def _splits(call: Call, tiles: Tiles, programs: int) -> int:
-    """Parts of the keys: some twice as many programs as run side by side, 4 blocks of keys each."""
+    """How often to split the keys: for about two programs per processor, of at least 4 blocks."""
     wanted = 2 * processors(call.q.device) // programs
     return max(1, min(wanted, call.k.shape[2] // (4 * tiles.keys), 64))
 
@@ -339,12 +349,12 @@ def forward(
 
     Args:
         first: `[B or 1, T]` int32, the first key of each query's range, counted from the call's
-            first token; it never falls from one token to the next.
+            first token. It never decreases from one token to the next.
         scale: factor on the scores, above 0.
 
     Returns:
-        `[B, H, T, P]` in q's dtype, and `[B, H, T]`, the natural logarithm of the sum of
-        exponentials of each query's scores, float32 at least.
+        `[B, H, T, P]` in q's dtype, and `[B, H, T]` in at least float32, the natural logarithm of
+        the sum of exponentials of each query's scores.
     """
     call = prepare(q, k, v, first, far_q, far_k, far_v, far_mask, far_block)
     batch, heads, length, dim = q.shape
@@ -368,7 +378,16 @@ def forward(
     if splits > 1:
         rows = batch * length * heads
         _merge[grid(rows)](
-            parts, part_lse, o, lse, rows, length, heads, dim, call.head, splits,
+            parts,
+            part_lse,
+            o,
+            lse,
+            rows,
+            length,
+            heads,
+            dim,
+            call.head,
+            splits,
             triton.next_power_of_2(splits),
-        )  # fmt: skip
+        )
     return o, lse

@@ -1,7 +1,8 @@
-"""Causal convolution per channel with SiLU, in one pass, and its gradients.
+"""Causal convolution per channel with SiLU in one pass, and its gradients.
 
-A program takes a tile of tokens and channels; the few tokens before it are read again. The backward
-computes the convolution again, writes the gradient of what SiLU saw, and gathers from that.
+A program takes a tile of tokens and channels, and reads the few tokens before the tile again. The
+backward pass recomputes the convolution, writes the gradient of its output before SiLU, and gathers
+the gradient of x from that.
 """
 
 from __future__ import annotations
@@ -19,16 +20,28 @@ from longctx_layers.kernels.target import on_its_device
 
 check_import_name(__name__)
 
-TOKENS, CHANNELS = 32, 64  # of a program
+TOKENS = 32  # per program
+CHANNELS = 64
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
 def _input(
-    X, BEFORE, b, source, start, real, c, T, C,
-    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """`x` at source tokens, 0 where they belong to another segment or to none."""
+    X,
+    BEFORE,
+    b,
+    source,
+    start,
+    real,
+    c,
+    T,
+    C,
+    WIDTH: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """`x` at the source tokens; 0 where they belong to another segment, or are padding."""
     if PACKED:
         real = real & (source >= start)
     mask = real[:, None] & (c < C)[None, :]
@@ -42,11 +55,20 @@ def _input(
 
 @triton.jit
 def _convolved(
-    X, W, BEFORE, START, T, C,
-    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """The program's row, tile, tokens, their segments' starts, channels; their convolution."""
+    X,
+    W,
+    BEFORE,
+    START,
+    T,
+    C,
+    WIDTH: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    PACKED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """The program's row, tile, tokens, starts of their segments, channels, and the convolution."""
     tile, block, b = index_of_three(tl.cdiv(T, TOKENS), tl.cdiv(C, CHANNELS))
     t = tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     c = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -62,10 +84,20 @@ def _convolved(
 
 @triton.jit
 def _forward(
-    X, W, BEFORE, START, Y, T, C,
-    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    X,
+    W,
+    BEFORE,
+    START,
+    Y,
+    T,
+    C,
+    WIDTH: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    PACKED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     b, tile, t, start, c, y = _convolved(
         X, W, BEFORE, START, T, C, WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE
     )
@@ -76,11 +108,23 @@ def _forward(
 
 @triton.jit
 def _through_silu(
-    DY, X, W, BEFORE, START, INNER, DW, T, C,
-    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the convolution's output, and a tile's share of the weights'."""
+    DY,
+    X,
+    W,
+    BEFORE,
+    START,
+    INNER,
+    DW,
+    T,
+    C,
+    WIDTH: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    PACKED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """The gradient of the convolution's output, and the tile's part of the weights' gradient."""
     b, tile, t, start, c, y = _convolved(
         X, W, BEFORE, START, T, C, WIDTH, HAS_BEFORE, PACKED, TOKENS, CHANNELS, PRECISE
     )
@@ -100,11 +144,21 @@ def _through_silu(
 
 @triton.jit
 def _gather(
-    INNER, W, START, DX, DBEFORE, T, C,
-    WIDTH: tl.constexpr, HAS_BEFORE: tl.constexpr, PACKED: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """Gradients of x and of the inputs before it: what the next few tokens read of each."""
+    INNER,
+    W,
+    START,
+    DX,
+    DBEFORE,
+    T,
+    C,
+    WIDTH: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    PACKED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """Gradients of x and of the inputs before it, summed over the few tokens that read them."""
     tile, block, b = index_of_three(tl.cdiv(T + WIDTH - 1, TOKENS), tl.cdiv(C, CHANNELS))
     source = tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS) - (WIDTH - 1)
     c = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -129,7 +183,7 @@ def _gather(
 def _shape(
     x: Tensor, weight: Tensor, before: Tensor | None, start: Tensor | None
 ) -> tuple[int, tuple[Any, ...]]:
-    """Blocks of channels, and the last arguments of all kernels."""
+    """The number of blocks of channels, and the last arguments of all kernels."""
     precise = tl.float64 if x.dtype == torch.float64 else tl.float32
     options = (weight.shape[1], before is not None, start is not None, TOKENS, CHANNELS, precise)
     return triton.cdiv(x.shape[2], CHANNELS), options
@@ -155,7 +209,7 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, before: Tensor | None, start: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and before (without one: of no elements)."""
+    """Gradients of x, weight and before; the last one is empty if `before` is None."""
     dy, x, weight, before, start = _contiguous(dy, x, weight, before, start)
     (batch, length, channels), width = x.shape, weight.shape[1]
     blocks, options = _shape(x, weight, before, start)
@@ -208,7 +262,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: checkpointing computes it again for each read
+    saved = ctx.saved_tensors  # read once: with checkpointing, each read recomputes them
     dx, dweight, dbefore = _conv_silu_backward(dy, *saved)
     return dx, dweight, None if saved[2] is None else dbefore, None
 

@@ -1,8 +1,9 @@
 """Diagonal linear recurrence: `h_t = a_t h_{t-1} + u_t` per channel, and its gradients.
 
-Time is cut into tiles. `_tile_ends` finds what each tile adds and how much it lets through,
-`_pass_on` carries states over the tiles, and `_scan` writes what lies inside them: u is read twice,
-and all tiles run at once. The backward is the same recurrence from right to left.
+Time is divided into tiles. `_tile_ends` computes what each tile adds to the state and the product
+of its decays, `_pass_on` carries the state across tiles, and `_scan` computes the states inside the
+tiles. So u is read twice, and all tiles run in parallel. The backward pass is the same recurrence
+from right to left.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from longctx_layers.kernels.target import on_its_device
 
 check_import_name(__name__)
 
-TILE = 128  # tokens that a program walks through, one after another
+TILE = 128  # tokens of a program, processed one by one
 CHANNELS = 64  # channels of a program
 LAUNCH = {"num_warps": 2, "num_stages": 1}
 
@@ -28,28 +29,39 @@ LAUNCH = {"num_warps": 2, "num_stages": 1}
 @triton.jit
 def _decay(
     DECAY, START, at, t, d, inside, length, N, INVARIANT: tl.constexpr, PACKED: tl.constexpr
-):  # fmt: skip
-    """The decay into token t: 0 where it begins a segment, 1 at pads.
+):
+    """The decay into token t: 0 at the first token of a segment, 1 at padding.
 
-    Also whether the token is real, and whether it goes on with what was before it.
+    Also whether the token is real, and whether it continues the segment of the token before it.
     """
     a = tl.load(DECAY + (d if INVARIANT else at * N + d), mask=inside, other=0.0)
     real = t >= 0
-    goes_on = real
+    continues = real
     if PACKED:
         real = t < length
-        goes_on = real & (tl.load(START + at) != t)
-        a = tl.where(goes_on, a, tl.where(real, 0.0, 1.0))
-    return a, real, goes_on
+        continues = real & (tl.load(START + at) != t)
+        a = tl.where(continues, a, tl.where(real, 0.0, 1.0))
+    return a, real, continues
 
 
 @triton.jit
 def _tile_ends(
-    X, DECAY, START, LENGTH, ENDS, THROUGH, T, N, tiles,
-    REVERSE: tl.constexpr, INVARIANT: tl.constexpr, PACKED: tl.constexpr,
-    TILE: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """What each tile hands on from a state of zero, and the product of its decays."""
+    X,
+    DECAY,
+    START,
+    LENGTH,
+    ENDS,
+    THROUGH,
+    T,
+    N,
+    tiles,
+    REVERSE: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    PACKED: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The state at the end of each tile if it begins with zero, and the product of its decays."""
     tile, block, b = index_of_three(tiles, tl.cdiv(N, CHANNELS))
     d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
@@ -58,11 +70,11 @@ def _tile_ends(
     through = h + 1
     first = tile.to(tl.int64) * TILE
     count = tl.minimum(TILE, T - first)
-    for i in tl.range(0, count, loop_unroll_factor=8):  # loads run ahead of the recurrence
+    for i in tl.range(0, count, loop_unroll_factor=8):  # to load ahead
         t = first + (count - 1 - i if REVERSE else i)
         at = b * T + t
         x = tl.load(X + at * N + d, mask=inside, other=0.0).to(h.dtype)
-        a, real, goes_on = _decay(DECAY, START, at, t, d, inside, length, N, INVARIANT, PACKED)
+        a, real, continues = _decay(DECAY, START, at, t, d, inside, length, N, INVARIANT, PACKED)
         h = a * (h + x) if REVERSE else a * h + tl.where(real, x, 0.0)
         through *= a
     out = (b * tiles + tile) * N + d
@@ -72,7 +84,7 @@ def _tile_ends(
 
 @triton.jit
 def _pass_on(ENDS, THROUGH, ENTER, BEFORE, N, tiles, REVERSE: tl.constexpr, CHANNELS: tl.constexpr):
-    """The state with which each tile begins (in reverse: ends)."""
+    """The state at the beginning of each tile (in reverse: at its end)."""
     block, b = index_of_two(tl.cdiv(N, CHANNELS))
     d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
@@ -86,10 +98,22 @@ def _pass_on(ENDS, THROUGH, ENTER, BEFORE, N, tiles, REVERSE: tl.constexpr, CHAN
 
 @triton.jit
 def _scan(
-    U, DECAY, START, LENGTH, BEFORE, H, FINAL, T, N, tiles,
-    INVARIANT: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """All states of a tile; the last tile's is the final one."""
+    U,
+    DECAY,
+    START,
+    LENGTH,
+    BEFORE,
+    H,
+    FINAL,
+    T,
+    N,
+    tiles,
+    INVARIANT: tl.constexpr,
+    PACKED: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """All states of a tile; the last state of the last tile is the final state."""
     tile, block, b = index_of_three(tiles, tl.cdiv(N, CHANNELS))
     d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
@@ -100,7 +124,7 @@ def _scan(
         t = first + i
         at = b * T + t
         u = tl.load(U + at * N + d, mask=inside, other=0.0).to(h.dtype)
-        a, real, goes_on = _decay(DECAY, START, at, t, d, inside, length, N, INVARIANT, PACKED)
+        a, real, continues = _decay(DECAY, START, at, t, d, inside, length, N, INVARIANT, PACKED)
         h = a * h + tl.where(real, u, 0.0)
         tl.store(H + at * N + d, h, mask=inside)
     tl.store(FINAL + b * N + d, h, mask=inside & (tile == tiles - 1))
@@ -108,10 +132,25 @@ def _scan(
 
 @triton.jit
 def _scan_back(
-    DH, DECAY, START, LENGTH, BEFORE, H, INITIAL, DU, DDECAY, DINITIAL, T, N, tiles,
-    INVARIANT: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of u and of the decays; the first tile's carry is that of the initial state."""
+    DH,
+    DECAY,
+    START,
+    LENGTH,
+    BEFORE,
+    H,
+    INITIAL,
+    DU,
+    DDECAY,
+    DINITIAL,
+    T,
+    N,
+    tiles,
+    INVARIANT: tl.constexpr,
+    PACKED: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Gradients of u and of the decays; the first tile also writes that of the initial state."""
     tile, block, b = index_of_three(tiles, tl.cdiv(N, CHANNELS))
     d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < N
@@ -124,13 +163,13 @@ def _scan_back(
     for i in tl.range(0, count, loop_unroll_factor=4):
         t = first + count - 1 - i
         at = b * T + t
-        a, real, goes_on = _decay(DECAY, START, at, t, d, inside, length, N, INVARIANT, PACKED)
+        a, real, continues = _decay(DECAY, START, at, t, d, inside, length, N, INVARIANT, PACKED)
         gradient = carry + tl.load(DH + at * N + d, mask=inside, other=0.0)
         tl.store(DU + at * N + d, tl.where(real, gradient, 0.0), mask=inside)
         carry = a * gradient
         earlier = tl.load(H + (at - 1) * N + d, mask=inside & (t > 0), other=0.0)
         earlier += tl.load(INITIAL + b * N + d, mask=inside & (t == 0), other=0.0)
-        of_decay = tl.where(goes_on, gradient * earlier, 0.0)
+        of_decay = tl.where(continues, gradient * earlier, 0.0)
         if INVARIANT:
             total += of_decay
         else:
@@ -157,9 +196,22 @@ def _entering(
     through, before = torch.empty_like(ends), torch.empty_like(ends)
     blocks = triton.cdiv(channels, CHANNELS)
     _tile_ends[grid(tiles, blocks, batch)](
-        x, decay, start, length, ends, through, total, channels, tiles,
-        reverse, decay.dim() == 1, start is not None, TILE, CHANNELS, **LAUNCH,
-    )  # fmt: skip
+        x,
+        decay,
+        start,
+        length,
+        ends,
+        through,
+        total,
+        channels,
+        tiles,
+        reverse,
+        decay.dim() == 1,
+        start is not None,
+        TILE,
+        CHANNELS,
+        **LAUNCH,
+    )
     _pass_on[grid(blocks, batch)](
         ends, through, enter, before, channels, tiles, reverse, CHANNELS, **LAUNCH
     )
@@ -179,7 +231,7 @@ def forward(
         u: `[B, T, N]`, T at least 1.
         decay: `[N]` or `[B, T, N]`, in the initial state's dtype.
         initial_state: `[B, N]`, float32 or float64.
-        start, length: of the segments; None for neither.
+        start, length: see `Segments`; None for one segment without padding.
     """
     u, decay, initial_state = (x.contiguous() for x in (u, decay, initial_state))
     start = None if start is None else start.contiguous()
@@ -188,9 +240,22 @@ def forward(
     before = _entering(u, decay, initial_state, start, length, False)
     h, final = initial_state.new_empty(u.shape), torch.empty_like(initial_state)
     _scan[grid(tiles, triton.cdiv(channels, CHANNELS), batch)](
-        u, decay, start, length, before, h, final, total, channels, tiles,
-        decay.dim() == 1, start is not None, TILE, CHANNELS, **LAUNCH,
-    )  # fmt: skip
+        u,
+        decay,
+        start,
+        length,
+        before,
+        h,
+        final,
+        total,
+        channels,
+        tiles,
+        decay.dim() == 1,
+        start is not None,
+        TILE,
+        CHANNELS,
+        **LAUNCH,
+    )
     return h, final
 
 
@@ -212,9 +277,25 @@ def backward(
     du, dinitial = torch.empty_like(dh), torch.empty_like(initial_state)
     ddecay = dh.new_empty(batch, tiles if invariant else total, channels)
     _scan_back[grid(tiles, triton.cdiv(channels, CHANNELS), batch)](
-        dh, decay, start, length, before, h, initial_state, du, ddecay, dinitial,
-        total, channels, tiles, invariant, start is not None, TILE, CHANNELS, **LAUNCH,
-    )  # fmt: skip
+        dh,
+        decay,
+        start,
+        length,
+        before,
+        h,
+        initial_state,
+        du,
+        ddecay,
+        dinitial,
+        total,
+        channels,
+        tiles,
+        invariant,
+        start is not None,
+        TILE,
+        CHANNELS,
+        **LAUNCH,
+    )
     return du, ddecay.sum((0, 1)) if invariant else ddecay, dinitial
 
 

@@ -1,7 +1,7 @@
 """`g * RMSNorm(o) + (1 - g) * RMSNorm(s)`, `g = sigmoid(z)`, in one pass, and its gradients.
 
-A program takes some tokens of one head. Norms and gate are computed again in the backward, so that
-nothing but the inputs is kept.
+A program takes some tokens of one head. The backward pass recomputes norms and gate, so that only
+the inputs are saved.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from longctx_layers.kernels.target import on_its_device
 
 check_import_name(__name__)
 
-ELEMENTS = 2048  # tokens of a program times the padded head_dim
+ELEMENTS = 2048  # of a program: tokens times the padded head_dim
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
 def _normed(X, at, mask, P, EPS: tl.constexpr, PRECISE: tl.constexpr):
-    """x / rms(x), and 1 / rms(x) for each token."""
+    """x / rms(x), and 1 / rms(x) of each token."""
     x = tl.load(X + at, mask=mask, other=0.0).to(PRECISE)
     scale = 1 / tl.sqrt(tl.sum(x * x, 1) / P + EPS)
     return x * scale[:, None], scale
@@ -33,9 +33,20 @@ def _normed(X, at, mask, P, EPS: tl.constexpr, PRECISE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    Z, O, S, WO, WS, Y, tokens, H, P,
-    EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    Z,
+    O,
+    S,
+    WO,
+    WS,
+    Y,
+    tokens,
+    H,
+    P,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     head, block = index_of_two(H)
     row = block * ROWS + tl.arange(0, ROWS)
     p = tl.arange(0, BLOCK)
@@ -51,15 +62,31 @@ def _forward(
 
 @triton.jit
 def _through_norm(normed, scale, gradient, P):
-    """The gradient of what was normed."""
+    """The gradient of the input of a norm."""
     return scale[:, None] * (gradient - normed * (tl.sum(gradient * normed, 1) / P)[:, None])
 
 
 @triton.jit
 def _backward(
-    DY, Z, O, S, WO, WS, DZ, DO, DS, DWO, DWS, tokens, H, P,
-    EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    DY,
+    Z,
+    O,
+    S,
+    WO,
+    WS,
+    DZ,
+    DO,
+    DS,
+    DWO,
+    DWS,
+    tokens,
+    H,
+    P,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     head, block = index_of_two(H)
     row = block * ROWS + tl.arange(0, ROWS)
     p = tl.arange(0, BLOCK)
@@ -84,7 +111,7 @@ def _backward(
 
 
 def _shape(z: Tensor, eps: float) -> tuple[int, tuple[Any, ...]]:
-    """Blocks of tokens, and the last arguments of both kernels."""
+    """The number of blocks of tokens, and the last arguments of both kernels."""
     batch, length, heads, dim = z.shape
     block = triton.next_power_of_2(dim)
     rows = max(1, ELEMENTS // block)
@@ -96,7 +123,7 @@ def _shape(z: Tensor, eps: float) -> tuple[int, tuple[Any, ...]]:
 def forward(
     z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor, eps: float
 ) -> Tensor:
-    """`[B, T, H, P]` from three of them and two `[H, P]`."""
+    """The output `[B, T, H, P]`, from z, o and s of that shape and weights `[H, P]`."""
     z, o, s, weight_o, weight_s = (x.contiguous() for x in (z, o, s, weight_o, weight_s))
     y = z.new_empty(z.shape)
     blocks, shape = _shape(z, eps)

@@ -1,7 +1,7 @@
-"""Grids of one dimension, and which part of the work a program of one takes.
+"""Grids of one dimension, and the indices of a program in them.
 
-CUDA and HIP take `2**31 - 1` programs along x, but only 65,535 along y and z: a batch of that many
-short rows is an ordinary call, so nothing is ever put there.
+CUDA and HIP allow `2**31 - 1` programs along x, but only 65,535 along y and z. Since a batch may
+well have more short rows than that, y and z are never used.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MOST_PROGRAMS = 2**31 - 1
 
 
 def grid(*sizes: int) -> tuple[int]:
-    """One program for each combination of indices below `sizes`, the first running fastest.
+    """One program for each combination of indices below `sizes`; the first index varies fastest.
 
     Raises:
-        ValueError: for more programs than a GPU takes.
+        ValueError: for more programs than a GPU allows.
     """
     programs = math.prod(sizes)
     if programs > MOST_PROGRAMS:

@@ -1,4 +1,7 @@
-"""These modules are `longctx_layers.kernels`: the name `kernels` belongs to another project."""
+"""Allows importing these modules as `longctx_layers.kernels` only.
+
+The import name `kernels` belongs to another project.
+"""
 
 from __future__ import annotations
 

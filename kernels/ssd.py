@@ -1,4 +1,4 @@
-"""The operator of `ssd` and `block_ssd` that torch sees; its kernels stand in `ssd_*.py`."""
+"""Custom operator of `ssd` and `block_ssd`: how torch calls the kernels in `ssd_*.py`."""
 
 from __future__ import annotations
 

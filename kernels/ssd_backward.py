@@ -1,8 +1,8 @@
 """Gradients of the selective state space.
 
-With the states that enter each tile (`ssd_forward._states`), and in reverse the gradients of those
-behind each, all tiles are independent. `_back_to_writes` finds the gradients of x and dt,
-`_back_to_directions` those of B and C, and both a part of the decays'.
+Given the states before each tile and the gradients of the states after each tile (both from
+`ssd_forward._states`), all tiles are independent. `_back_to_writes` computes the gradients of x and
+dt, `_back_to_directions` those of B and C, and both a part of those of the decays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from longctx_layers.kernels.target import pick
 
 check_import_name(__name__)
 
-HEADS = 4  # of which a program adds up the gradients of B and C
+HEADS = 4  # heads over which a program sums the gradients of B and C
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _back_to_writes(
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, PENDING: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and dt in a tile; and of the decays between writes and those who read them."""
+    """Gradients of x and dt in a tile, and of the decays between writes and their reads."""
     b, batch, h, first, tile = place_of_program(H, tiles, P, ROWS)
     size, parts = tl.cast(H, tl.int64) * P * N, tl.cdiv(P, ROWS)
     t0, i = tile * TOKENS, tl.arange(0, TOKENS)
@@ -68,7 +68,7 @@ def _back_to_writes(
     ddt, ddecay = tl.zeros_like(dt), tl.zeros_like(dt)
     before = i[None, :] < i[:, None]
 
-    # What the tile's own tokens read of them.
+    # Through reads by tokens of the same tile.
     if last_until >= t0:
         dy = load_tokens(DY, (at * H + h) * P, H * P, inside, first, P, ROWS)
         c_tile = load_tokens(C, b * c_b + long_t0 * c_t, c_t, inside, 0, N, COLUMNS)
@@ -78,14 +78,13 @@ def _back_to_writes(
         weight *= exact(dy, tl.trans(x), DOT)
         ddt += tl.sum(weight, 0)
         since = (i[None, :] >= i[:, None]).to(x.dtype)
-        weight = exact(since, weight * dt[None, :], DOT)  # never a difference of large sums
+        weight = exact(since, weight * dt[None, :], DOT)  # not as a difference of large sums
         ddecay += tl.sum(tl.where(before, weight, 0.0), 1)
 
-    # What they left in the states behind the tile.
-    readable, pending = load_states(
-        DSTATES + (b * tiles + tile) * size + h * P * N, batch * tiles * size,
-        first, P, N, ROWS, COLUMNS, PENDING,
-    )  # fmt: skip
+    # Through the states after the tile.
+    here = DSTATES + (b * tiles + tile) * size + h * P * N
+    other = batch * tiles * size
+    readable, pending = load_states(here, other, first, P, N, ROWS, COLUMNS, PENDING)
     left = exact(b_tile, tl.trans(readable), DOT)
     if next_until < t0 + TOKENS:
         late = exact(b_tile, tl.trans(pending), DOT)
@@ -109,8 +108,8 @@ def _back_to_directions(
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, PENDING: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B and C in a tile, those of some heads added up; and of the decays between
-    the states before the tile and those who read them, or the states behind it.
+    """Gradients of B and C in a tile, summed over some heads; and of the decays between the states
+    before the tile and their reads, or the states after the tile.
     """
     PRECISE: tl.constexpr = STATES.dtype.element_ty
     parts: tl.constexpr = (P + ROWS - 1) // ROWS
@@ -146,7 +145,7 @@ def _back_to_directions(
         readable, pending = load_states(STATES + state, other, first, P, N, ROWS, COLUMNS, PENDING)
         fade = entering(lead, START, at, t0, inside, PACKED)
         read = exact(dy, readable, DOT) * fade[:, None]
-        if PENDING:  # noqa: SIM102 # one condition for the compiler, one for the GPU
+        if PENDING:  # noqa: SIM102 # the first condition is a constant
             if last_until >= t0:
                 fade = tl.where(reads_late(UNTIL, until_at, t0, inside), fade, 0.0)
                 read += exact(dy, pending, DOT) * fade[:, None]
@@ -193,9 +192,18 @@ def backward(
     sums, dstate = decay_sums(log_decay, state.dtype, tiles.tokens), torch.empty_like(state)
     states = states_before(x, dt, sums, B, start, until, state, tiles, every=True)
     dstates = states_before(
-        dy, None, sums, C, start, until, dfinal.contiguous(), tiles,
-        reverse=True, every=True, after=dstate,
-    )  # fmt: skip
+        dy,
+        None,
+        sums,
+        C,
+        start,
+        until,
+        dfinal.contiguous(),
+        tiles,
+        reverse=True,
+        every=True,
+        after=dstate,
+    )
     rows, columns = blocks(tiles, state)
     parts, count = triton.cdiv(dim, rows), triton.cdiv(length, tiles.tokens)
     groups = triton.cdiv(heads, HEADS)

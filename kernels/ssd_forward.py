@@ -1,8 +1,9 @@
-"""Selective state space, forward.
+"""Forward pass of the selective state space.
 
-Time is cut into tiles, and tiles into spans. `_states` finds what each span adds to the state,
-`_pass_on` carries states over the spans, and `_scan` walks the spans again from there and reads:
-x is read twice, and all spans run at once. `ssd_tile` says what happens in a tile.
+Time is divided into tiles, and consecutive tiles form spans. `_states` computes what each span adds
+to the state, `_pass_on` carries the states across spans, and `_scan` processes the spans again from
+these states and computes the outputs. So x is read twice, and all spans run in parallel. `ssd_tile`
+has the work on one tile.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from longctx_layers.kernels.guard import check_import_name
 from longctx_layers.kernels.ssd_configs import CONFIGS, Tiles
 from longctx_layers.kernels.ssd_tile import (
     LOG2E,
-    before,
-    behind,
+    advance,
+    advance_back,
     between,
     decay_sums,
     edges,
@@ -42,7 +43,7 @@ check_import_name(__name__)
 
 
 CARRIED = 512  # elements of a state that a program of `_pass_on` carries
-STEPPED = 1024  # those that a program of `_step` updates
+STEPPED = 1024  # elements of a state that a program of `_step` updates
 
 
 @triton.jit
@@ -53,9 +54,10 @@ def _states(
     TOKENS: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, PENDING: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Walk a span without reading: from a zero state to what stands behind it, or, with EVERY, from
-    the state that enters it, over the states that enter each tile, to the one behind all spans. In
-    reverse, the states are gradients, X those of what was read, and B the directions read along.
+    """The state after a span that begins with a zero state, without computing outputs.
+
+    With EVERY: the states before each tile, from the state before the span, and the one after all
+    spans (AFTER). In reverse, all states are gradients, X is dy, and B is C.
     """
     PRECISE: tl.constexpr = OUT.dtype.element_ty
     b, batch, h, first, span = place_of_program(H, spans, P, ROWS)
@@ -63,19 +65,17 @@ def _states(
     readable = tl.zeros((ROWS, COLUMNS), PRECISE)
     pending = readable
     if EVERY:
-        readable, pending = load_states(
-            ENTER + (b * spans + span) * size + state, batch * spans * size,
-            first, P, N, ROWS, COLUMNS, PENDING,
-        )  # fmt: skip
+        here = ENTER + (b * spans + span) * size + state
+        other = batch * spans * size
+        readable, pending = load_states(here, other, first, P, N, ROWS, COLUMNS, PENDING)
     all_through = tl.full((), 1.0, PRECISE)
     count = tl.minimum(SPAN, tiles - span * SPAN)
     for step in tl.range(0, count):
         tile = span * SPAN + (count - 1 - step if REVERSE else step)
         if EVERY:
-            store_states(
-                OUT + (b * tiles + tile) * size + state, batch * tiles * size,
-                first, readable, pending, P, N, ROWS, COLUMNS, PENDING,
-            )  # fmt: skip
+            here = OUT + (b * tiles + tile) * size + state
+            other = batch * tiles * size
+            store_states(here, other, first, readable, pending, P, N, ROWS, COLUMNS, PENDING)
         t0 = tile * TOKENS
         long_t0, inside = t0.to(tl.int64), t0 + tl.arange(0, TOKENS) < T
         at, until_at = b * T + t0, b * until_b + t0
@@ -91,37 +91,59 @@ def _states(
         directions = load_tokens(B, b * b_b + long_t0 * b_t, b_t, inside, 0, N, COLUMNS)
         if REVERSE:
             weight = entering(lead, START, at, t0, inside, PACKED)
-            readable, pending = before(
-                x, directions, weight, readable, pending, through,
-                UNTIL, until_at, t0, inside, last_until, next_until, DOT, PENDING,
-            )  # fmt: skip
+            readable, pending = advance_back(
+                x,
+                directions,
+                weight,
+                readable,
+                pending,
+                through,
+                UNTIL,
+                until_at,
+                t0,
+                inside,
+                last_until,
+                next_until,
+                DOT,
+                PENDING,
+            )
         else:
             dt = tl.load(DT + at * H + h + tl.arange(0, TOKENS) * H, mask=inside, other=0.0)
             weight = dt * leaving(lead, rest, total, total_rest, last_start, t0, PACKED)
-            readable, pending = behind(
+            readable, pending = advance(
                 x, directions, weight, readable, pending, through, t0, next_until, DOT, PENDING
             )
     if not EVERY:
-        store_states(
-            OUT + (b * spans + span) * size + state, batch * spans * size,
-            first, readable, pending, P, N, ROWS, COLUMNS, PENDING,
-        )  # fmt: skip
+        here = OUT + (b * spans + span) * size + state
+        other = batch * spans * size
+        store_states(here, other, first, readable, pending, P, N, ROWS, COLUMNS, PENDING)
         tl.store(THROUGH + (b * spans + span) * H + h, all_through, mask=first == 0)
-    elif AFTER is not None:  # noqa: SIM102 # one condition for the compiler, one for the GPU
+    elif AFTER is not None:  # noqa: SIM102 # the first condition is a constant
         if span == (0 if REVERSE else spans - 1):
-            store_states(
-                AFTER + b * size + state, batch * size,
-                first, readable, pending, P, N, ROWS, COLUMNS, PENDING,
-            )  # fmt: skip
+            here = AFTER + b * size + state
+            other = batch * size
+            store_states(here, other, first, readable, pending, P, N, ROWS, COLUMNS, PENDING)
 
 
 @triton.jit
 def _pass_on(
-    STATES, THROUGH, UNTIL, ENTER, until_b, T, H, spans, tokens,
-    P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PENDING: tl.constexpr,
-):  # fmt: skip
-    """In place: from what stands behind each span to what enters it (in reverse: the other way)."""
+    STATES,
+    THROUGH,
+    UNTIL,
+    ENTER,
+    until_b,
+    T,
+    H,
+    spans,
+    tokens,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PENDING: tl.constexpr,
+):
+    """In place: the states after each span become those before it (in reverse: the opposite)."""
     b, batch, h, first, _ = place_of_program(H, 1, P, ROWS)
     size, state = tl.cast(H, tl.int64) * P * N, h * P * N
     readable, pending = load_states(
@@ -154,13 +176,12 @@ def _scan(
     TOKENS: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, PENDING: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Walk a span from the state that enters it, and read; behind the last is the final state."""
+    """The outputs of a span, from the state before it; the last span writes the final state."""
     b, batch, h, first, span = place_of_program(H, spans, P, ROWS)
     size, state = tl.cast(H, tl.int64) * P * N, h * P * N
-    readable, pending = load_states(
-        ENTER + (b * spans + span) * size + state, batch * spans * size,
-        first, P, N, ROWS, COLUMNS, PENDING,
-    )  # fmt: skip
+    here = ENTER + (b * spans + span) * size + state
+    other = batch * spans * size
+    readable, pending = load_states(here, other, first, P, N, ROWS, COLUMNS, PENDING)
     for tile in tl.range(span * SPAN, tl.minimum((span + 1) * SPAN, tiles)):
         t0 = tile * TOKENS
         long_t0, inside = t0.to(tl.int64), t0 + tl.arange(0, TOKENS) < T
@@ -187,14 +208,13 @@ def _scan(
         store_tokens(Y, (at * H + h) * P, H * P, y, inside, first, P, ROWS)
         weight = dt * leaving(lead, rest, total, total_rest, last_start, t0, PACKED)
         through = passing(total, last_start, t0, PACKED)
-        readable, pending = behind(
+        readable, pending = advance(
             x, b_tile, weight, readable, pending, through, t0, next_until, DOT, PENDING
         )
     if span == spans - 1:
-        store_states(
-            FINAL + b * size + state, batch * size,
-            first, readable, pending, P, N, ROWS, COLUMNS, PENDING,
-        )  # fmt: skip
+        here = FINAL + b * size + state
+        other = batch * size
+        store_states(here, other, first, readable, pending, P, N, ROWS, COLUMNS, PENDING)
 
 
 @triton.jit
@@ -203,7 +223,7 @@ def _step(
     P: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, PENDING: tl.constexpr,
 ):  # fmt: skip
-    """One token: what it reads, and the state behind it."""
+    """One token: its output, and the state after it."""
     PRECISE: tl.constexpr = FINAL.dtype.element_ty
     b, batch, h, first, _ = place_of_program(H, 1, P, ROWS)
     size, state = tl.cast(H, tl.int64) * P * N, h * P * N
@@ -231,10 +251,9 @@ def _step(
         read = readable
     y = tl.sum(read * c_one[None, :], 1)
     tl.store(Y + (b * H + h) * P + p, y.to(Y.dtype.element_ty), mask=p < P)
-    store_states(
-        FINAL + b * size + state, batch * size,
-        first, readable, pending, P, N, ROWS, COLUMNS, PENDING,
-    )  # fmt: skip
+    here = FINAL + b * size + state
+    other = batch * size
+    store_states(here, other, first, readable, pending, P, N, ROWS, COLUMNS, PENDING)
 
 
 def blocks(tiles: Tiles, state: Tensor) -> tuple[int, int]:
@@ -246,7 +265,7 @@ def blocks(tiles: Tiles, state: Tensor) -> tuple[int, int]:
 
 def how_to_multiply(dtype: torch.dtype) -> str:
     """The precision of float32 products that inputs of a dtype need."""
-    # Products of a float16 and a state: a float16 is a number in TF32, its range that of float32.
+    # Products of a float16 and a state: TF32 holds every float16, and has the range of float32.
     half = dtype == torch.float16 and not target().startswith("gfx")
     return "tf32x3" if half else dot_precision(dtype)
 
@@ -265,13 +284,13 @@ def states_before(
     every: bool = False,
     after: Tensor | None = None,
 ) -> Tensor:
-    """The states that enter each span `[1 or 2, B, spans, H, P, N]`, or (every) each tile.
+    """The states before each span `[1 or 2, B, spans, H, P, N]`; with `every`, before each tile.
 
     Args:
         x, dt, B, start, until: see `forward`; in reverse `dy, None, C, start, until`.
-        sums: of log-decays in tiles.
-        enter: the states that enter the first span, in reverse the last one.
-        after: to be filled with the states behind all spans; for `every` only.
+        sums: of log-decays within tiles.
+        enter: the states before the first span; in reverse, after the last one.
+        after: is filled with the states after all spans; only with `every`.
     """
     (batch, length, heads, dim), directions = x.shape, B.shape[2]
     rows, columns = blocks(tiles, enter)
@@ -296,10 +315,23 @@ def states_before(
         walk(None, states, through, False)
         few = max(1, CARRIED // columns)
         _pass_on[grid(heads * triton.cdiv(dim, few), batch)](
-            states, through, until, enter, until_b, length, heads, spans,
-            tiles.tokens * tiles.span, dim, directions, reverse, few, columns, until is not None,
+            states,
+            through,
+            until,
+            enter,
+            until_b,
+            length,
+            heads,
+            spans,
+            tiles.tokens * tiles.span,
+            dim,
+            directions,
+            reverse,
+            few,
+            columns,
+            until is not None,
             num_warps=4,
-        )  # fmt: skip
+        )
     if not every:
         return states
     enter, states = states, new(count)
@@ -317,17 +349,18 @@ def forward(
     start: Tensor | None = None,
     until: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y `[B, T, H, P]` in x's dtype, and the final state, as the initial one.
+    """y `[B, T, H, P]` in x's dtype, and the final state, in the form of the initial one.
 
     Args:
         x: `[B, T, H, P]`, T at least 1.
-        dt: `[B, T, H]` in the state's dtype; 0 at pads.
-        log_decay: `[B, T, H]`, best in float64; 0 at pads.
+        dt: `[B, T, H]` in the state's dtype; 0 at padding.
+        log_decay: `[B, T, H]`, best in float64; 0 at padding.
         B, C: `[B, T, N]` in x's dtype.
         state: `[1, B, H, P, N]`; with `until` `[2, B, H, P, N]`: readable, and pending.
         start: `[B, T]`, where each token's segment starts; None for one segment without end.
-        until: `[1 or B, T + 1]`: the writes before which token each one reads, and one behind the
-            last would; not before its segment's start, and never falling. None: up to its own.
+        until: `[1 or B, T + 1]`: each token, and one after the last, reads what was written before
+            the token `until`. At least its segment's start, and never decreasing. None: each token
+            reads everything up to and including its own write.
     """
     x, B, C = strided(x), strided(B), strided(C)
     dt, log_decay, state = dt.contiguous(), log_decay.contiguous(), state.contiguous()

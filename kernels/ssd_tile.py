@@ -1,12 +1,13 @@
-"""What a tile of L tokens does to a selective state: the pieces of which all its kernels are made.
+"""The functions of which all kernels of the selective state space consist: the work on one tile.
 
-With S the sums of log-decays since the tile began, token t reads what token s wrote, fading by
-`exp(S_t - S_s)`, and everything is a product of matrices. For `block_ssd` the state is two: what is
-readable, and what is pending until its chunk ends. Token t then reads writes before `until[t]`
-only, and what is pending moves over in the tile in which, or right behind which, a chunk begins.
+A tile has L tokens. With S the cumulative sums of log-decays since the beginning of the tile, token
+t reads what token s wrote with the factor `exp(S_t - S_s)`, so that everything is a product of
+matrices. `block_ssd` has two states: a readable one, and one that is pending until its chunk ends.
+There, token t reads only what was written before `until[t]`, and the pending state is added to the
+readable one in the tile in which a chunk begins, or in the tile right before it.
 
-`row`, `until_row`, `at` and `until_at` are where a row or a tile begins in START and UNTIL (`at` in
-all that is `[B, T]`), and `t0` is the index of the tile's first token in its row.
+`row` and `until_row` are the offsets of a row in START and UNTIL, `at` and `until_at` those of a
+tile (`at` in every tensor `[B, T]`). `t0` is the index of the tile's first token in its row.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def exact(a, b, DOT: tl.constexpr):
-    """`a @ b` as exact as float32, of which one may be wider than the other."""
+    """`a @ b` with the precision of float32; one of the two may be wider than the other."""
     if a.dtype == b.dtype:
         return tl.dot(a, b, input_precision=DOT)
-    elif b.dtype == tl.bfloat16:  # three numbers of 8 bits hold one of 24
+    elif b.dtype == tl.bfloat16:  # three significands of 8 bits hold one of 24
         part = a.to(tl.bfloat16)
         product = tl.dot(part, b)
         a -= part.to(a.dtype)
@@ -51,23 +52,23 @@ def exact(a, b, DOT: tl.constexpr):
 
 @triton.jit
 def rounded(a, b, DOT: tl.constexpr):
-    """`a @ b` to the precision of the narrower one, for what is rounded to that in the end."""
+    """`a @ b` with the precision of the narrower one, for results that are rounded to it anyway."""
     if a.dtype == b.dtype:
         return tl.dot(a, b, input_precision=DOT)
     elif b.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.bfloat16), b)
     elif a.dtype == tl.bfloat16:
         return tl.dot(a, b.to(tl.bfloat16))
-    else:  # a state may leave float16's range; TF32 has its precision
+    else:  # a state may exceed the range of float16; TF32 has the same precision
         ROUGH: tl.constexpr = "ieee" if DOT == "ieee" else "tf32"
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=ROUGH)
 
 
 @triton.jit
 def place_of_program(H, spans, P: tl.constexpr, ROWS: tl.constexpr):
-    """Its row (of how many), head, first row of the head's state, and span.
+    """The program's row, the number of rows, head, first row of the head's state, and span.
 
-    Heads run fastest, so that programs side by side share what they load of B and C.
+    Heads vary fastest, so that neighbouring programs load the same parts of B and C.
     """
     parts = tl.cdiv(P, ROWS)
     part, span, row = index_of_three(H * parts, spans)
@@ -77,7 +78,7 @@ def place_of_program(H, spans, P: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def load_tokens(X, at, stride, inside, first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """`[L, BLOCK]`: a tile's tokens from a column on; `at` is where the first one begins."""
+    """Load `[L, BLOCK]`: a tile's tokens, from column `first`; `at` is the first one's offset."""
     i, column = tl.arange(0, inside.shape[0]), first + tl.arange(0, BLOCK)
     mask = inside[:, None]
     if SIZE % BLOCK != 0:
@@ -87,7 +88,7 @@ def load_tokens(X, at, stride, inside, first, SIZE: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def store_tokens(X, at, stride, x, inside, first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The reverse of `load_tokens`."""
+    """Store a tile's tokens; see `load_tokens`."""
     i, column = tl.arange(0, inside.shape[0]), first + tl.arange(0, BLOCK)
     mask = inside[:, None]
     if SIZE % BLOCK != 0:
@@ -98,18 +99,23 @@ def store_tokens(X, at, stride, x, inside, first, SIZE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _places(first, P: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets `[ROWS, COLUMNS]` into a state `[P, N]` from row `first` on, and which exist."""
+    """Offsets `[ROWS, COLUMNS]` into a state `[P, N]` from row `first`, and which of them exist."""
     p, n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     return p[:, None] * N + n[None, :], (p < P - first)[:, None] & (n < N)[None, :]
 
 
 @triton.jit
 def load_states(
-    X, other, first,
-    P: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    X,
+    other,
+    first,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PENDING: tl.constexpr,
-):  # fmt: skip
-    """The readable state, and the pending one that stands `other` elements behind it."""
+):
+    """Load the readable state, and the pending one, which is `other` elements after it."""
     place, exist = _places(first, P, N, ROWS, COLUMNS)
     readable = tl.load(X + first * N + place, mask=exist, other=0.0)
     pending = readable
@@ -120,11 +126,18 @@ def load_states(
 
 @triton.jit
 def store_states(
-    X, other, first, readable, pending,
-    P: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    X,
+    other,
+    first,
+    readable,
+    pending,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PENDING: tl.constexpr,
-):  # fmt: skip
-    """The reverse of `load_states`."""
+):
+    """Store both states; see `load_states`."""
     place, exist = _places(first, P, N, ROWS, COLUMNS)
     tl.store(X + first * N + place, readable, mask=exist)
     if PENDING:
@@ -133,13 +146,20 @@ def store_states(
 
 @triton.jit
 def edges(
-    START, UNTIL, row, until_row, t0, T,
-    TOKENS: tl.constexpr, PACKED: tl.constexpr, PENDING: tl.constexpr,
-):  # fmt: skip
-    """Of the last token where its segment starts, and its `until`; and the next token's.
+    START,
+    UNTIL,
+    row,
+    until_row,
+    t0,
+    T,
+    TOKENS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PENDING: tl.constexpr,
+):
+    """The last token's segment start and `until`, and the `until` of the token after the tile.
 
-    If the first `until >= t0`, some token reads others of the tile, or what is pending before it;
-    if the second one is in the tile or before it, something is pending behind it.
+    If the last token's `until >= t0`, some token reads writes of the tile, or the pending state
+    before it. If that of the next token is less than the tile's end, something is pending after it.
     """
     t1 = tl.minimum(t0 + TOKENS, T)
     start = tl.load(START + row + t1 - 1) if PACKED else -1
@@ -149,11 +169,11 @@ def edges(
 
 
 @triton.jit
-def _sum_decays(
-    DECAY, SUMS, T, H, TOKENS: tl.constexpr, HEADS: tl.constexpr
-):  # fmt: skip
-    """Sums of log-decays in base 2 since the tile began, `[2, B, H, tiles * L]`: rounded, and what
-    rounding lost. Differences of float32 sums would lose all precision behind a strong decay.
+def _sum_decays(DECAY, SUMS, T, H, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """Cumulative sums of log-decays in base 2 within each tile, `[2, B, H, tiles * L]`.
+
+    Their rounded values, and the rounding errors: after a strong decay, differences of float32 sums
+    alone would lose all precision.
     """
     tiles, groups = tl.cdiv(T, TOKENS), tl.cdiv(H, HEADS)
     tile, group, b = index_of_three(tiles, groups)
@@ -171,7 +191,7 @@ def _sum_decays(
 
 @triton.jit
 def load_sums(SUMS, other, TOKENS: tl.constexpr):
-    """A tile's sums of log-decays up to and with each token, and of all; see `decay_sums`."""
+    """A tile's sums of log-decays up to and including each token, and the total: `decay_sums`."""
     i = tl.arange(0, TOKENS)
     lead, rest = tl.load(SUMS + i), tl.load(SUMS + other + i)
     return lead, rest, tl.load(SUMS + TOKENS - 1), tl.load(SUMS + other + TOKENS - 1)
@@ -179,7 +199,7 @@ def load_sums(SUMS, other, TOKENS: tl.constexpr):
 
 @triton.jit
 def entering(lead, START, at, t0, inside, PACKED: tl.constexpr):
-    """What is left of the state before the tile at each token."""
+    """The factor of the state before the tile, at each token."""
     fade = tl.exp2(lead)
     if PACKED:
         start = tl.load(START + at + tl.arange(0, inside.shape[0]), mask=inside, other=0)
@@ -189,7 +209,7 @@ def entering(lead, START, at, t0, inside, PACKED: tl.constexpr):
 
 @triton.jit
 def leaving(lead, rest, total, total_rest, last_start, t0, PACKED: tl.constexpr):
-    """What is left of each token's write behind the tile."""
+    """The factor of each token's write, after the tile."""
     fade = tl.exp2((total - lead) + (total_rest - rest))
     if PACKED:
         fade = tl.where(t0 + tl.arange(0, lead.shape[0]) >= last_start, fade, 0.0)
@@ -198,7 +218,7 @@ def leaving(lead, rest, total, total_rest, last_start, t0, PACKED: tl.constexpr)
 
 @triton.jit
 def passing(total, last_start, t0, PACKED: tl.constexpr):
-    """What is left behind the tile of the state before it."""
+    """The factor of the state before the tile, after the tile."""
     through = tl.exp2(total)
     if PACKED:
         through = tl.where(last_start < t0, through, 0.0)
@@ -207,19 +227,27 @@ def passing(total, last_start, t0, PACKED: tl.constexpr):
 
 @triton.jit
 def reads_late(UNTIL, until_at, t0, inside):
-    """Whether each token reads all that was written before the tile, pending or not."""
+    """Whether each token also reads the state that is pending before the tile."""
     until = tl.load(UNTIL + until_at + tl.arange(0, inside.shape[0]), mask=inside, other=0)
     return until >= t0
 
 
 @triton.jit
 def between(
-    lead, rest, START, UNTIL, at, until_at, t0, inside,
-    PACKED: tl.constexpr, PENDING: tl.constexpr,
-):  # fmt: skip
-    """`[L, L]`: what is left at t of the write of s, 0 where t does not read it."""
+    lead,
+    rest,
+    START,
+    UNTIL,
+    at,
+    until_at,
+    t0,
+    inside,
+    PACKED: tl.constexpr,
+    PENDING: tl.constexpr,
+):
+    """`[L, L]`: the factor of what token s wrote, at token t; 0 where t does not read it."""
     i = tl.arange(0, inside.shape[0])
-    if PENDING:  # `until` is never behind the token itself
+    if PENDING:  # `until` is at most the token itself
         until = tl.load(UNTIL + until_at + i, mask=inside, other=0).to(tl.int32) - t0
         reads = i[None, :] < until[:, None]
     else:
@@ -232,11 +260,19 @@ def between(
 
 
 @triton.jit
-def behind(
-    x, B, weight, readable, pending, through, t0, next_until,
-    DOT: tl.constexpr, PENDING: tl.constexpr,
-):  # fmt: skip
-    """The states behind a tile whose tokens write `weight x B^T`."""
+def advance(
+    x,
+    B,
+    weight,
+    readable,
+    pending,
+    through,
+    t0,
+    next_until,
+    DOT: tl.constexpr,
+    PENDING: tl.constexpr,
+):
+    """The states after a tile whose tokens write `weight x B^T`."""
     if PENDING:
         moves = next_until >= t0
         readable = through * (readable + tl.where(moves, pending, 0.0))
@@ -253,10 +289,22 @@ def behind(
 
 
 @triton.jit
-def before(
-    dy, C, weight, readable, pending, through, UNTIL, until_at, t0, inside, last_until, next_until,
-    DOT: tl.constexpr, PENDING: tl.constexpr,
-):  # fmt: skip
+def advance_back(
+    dy,
+    C,
+    weight,
+    readable,
+    pending,
+    through,
+    UNTIL,
+    until_at,
+    t0,
+    inside,
+    last_until,
+    next_until,
+    DOT: tl.constexpr,
+    PENDING: tl.constexpr,
+):
     """Gradients of the states before a tile whose tokens read `weight state C`."""
     if PENDING:
         pending = through * tl.where(next_until >= t0, readable, pending)
@@ -268,7 +316,7 @@ def before(
 
 
 def decay_sums(log_decay: Tensor, dtype: torch.dtype, tokens: int) -> Tensor:
-    """Sums of log-decays `[B, T, H]` within each tile, `[2, B, H, tiles * tokens]`."""
+    """Cumulative sums within each tile `[2, B, H, tiles * tokens]` of log-decays `[B, T, H]`."""
     batch, length, heads = log_decay.shape
     tiles, few = triton.cdiv(length, tokens), min(16, triton.next_power_of_2(heads))
     sums = log_decay.new_empty(2, batch, heads, tiles * tokens, dtype=dtype)
@@ -279,5 +327,5 @@ def decay_sums(log_decay: Tensor, dtype: torch.dtype, tokens: int) -> Tensor:
 
 
 def strided(x: Tensor) -> Tensor:
-    """x; copied if rows are not contiguous, or too far apart for offsets of 32 bits in a tile."""
+    """x, or a copy if rows are not contiguous, or too far apart for 32-bit offsets in a tile."""
     return x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous()

@@ -1,7 +1,7 @@
-"""Which row of a kernel's table of configurations serves the GPU at hand.
+"""Chooses the row of a kernel's table of configurations for the current GPU.
 
-The tables stand in the kernels' own files: one row per target, found once by compiling candidates
-ahead of time (`docs/kernels.md` shows what came out) and never tuned at run time.
+The tables are in the kernels' own files, with a row for each target. They were found by compiling
+candidates ahead of time (see `docs/kernels.md`); nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ check_import_name(__name__)
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 
-DEFAULT = "default"  # GPUs without a row: those with 100 KiB of shared memory, and unknown ones
+DEFAULT = "default"  # for GPUs without a row: made for 100 KiB of shared memory
 
 
 def target() -> str:
-    """`"sm_80"`, `"sm_90"`, `"sm_100"`, `"gfx942"` for those of AMD, `"default"` for any other."""
+    """`"sm_80"`, `"sm_90"` etc. for NVIDIA, `"gfx942"` for AMD, `"default"` without a GPU."""
     try:
         gpu = triton.runtime.driver.active.get_current_target()
-    except RuntimeError:  # no GPU: the interpreter runs the kernel
+    except RuntimeError:  # no GPU: the kernel runs in the interpreter
         return DEFAULT
     return "gfx942" if gpu.backend == "hip" else f"sm_{gpu.arch}"
 
 
 def pick(table: Mapping[str, Config]) -> Config:
-    """The current target's row."""
+    """The row of the current target."""
     return table.get(target(), table[DEFAULT])
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: as exactly as torch is asked to."""
+    """The precision of `tl.dot` for a dtype, by torch's setting for float32 matrix products."""
     if dtype != torch.float32 or target().startswith("gfx"):
         return "ieee"
     allowed = torch.backends.cuda.matmul
@@ -48,7 +48,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def on_its_device(launcher: Callable[..., Result]) -> Callable[..., Result]:
-    """The launcher, on the GPU of its first argument: Triton itself takes the current one."""
+    """Let a launcher run on the GPU of its first argument, since Triton uses the current one."""
 
     @wraps(launcher)
     def launch(x: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
@@ -61,7 +61,7 @@ def on_its_device(launcher: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def processors(device: torch.device) -> int:
-    """How many programs the device runs side by side at least."""
+    """The number of programs that the device can run at the same time, at least."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
