@@ -169,6 +169,12 @@ def selfcheck(device: torch.device | str | None = None) -> bool:
 
     Returns:
         Whether all backends are right.
+
+    A row of the table, for shorter inputs:
+
+    >>> check = next(checks("cpu", backends=("torch",), length=8))
+    >>> check.case, check.backend, check.failed
+    ('sparse_attention: full', 'torch', False)
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Argument checks whose messages say what was expected, what came, and the remedy."""
+"""Checks of arguments, whose errors say what was expected, what came, and the remedy."""
 
 from __future__ import annotations
 
@@ -87,4 +87,6 @@ def expect_number(name: str, value: object) -> None:
 def expect_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError unless value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}; choose one of them")
+        raise ValueError(
+            f"{name}: expected one of {choices}, got {value!r}{closest(value, choices)}"
+        )

@@ -1,9 +1,9 @@
 """Second derivatives of implementations whose backward pass autograd can't differentiate.
 
-A backward written by hand, in Triton or in a library returns gradients without a history: what is
-differentiated a second time would be an error, or silently zero. Such an implementation runs
-between two identities, `_Enter` and `_Leave`. In an ordinary backward pass they hand the gradients
-through. With `create_graph=True` autograd records the backward pass too; then `_Enter` replaces the
+A backward pass that is written by hand, in Triton or in a library returns gradients without a
+history: differentiating them again would fail, or silently give zero. Such an implementation runs
+between two identities, `_Enter` and `_Leave`. In an ordinary backward pass they pass the gradients
+on. With `create_graph=True` autograd records the backward pass too; then `_Enter` replaces the
 gradients by those of a composed form: the same mathematics in operations that autograd can
 differentiate any number of times.
 """
@@ -26,14 +26,22 @@ def twice_differentiable(
     Not for calls that `torch.func` transforms: what surrounds `fast` has no rules for them.
 
     Args:
-        fast: an implementation whose gradients are right, but can't be differentiated.
-        composed: the same function in operations of torch; runs in backward passes with
-            `create_graph=True` only.
-        args, kwargs: their arguments. Tensors may stand in tuples; an argument `dropout_p` above 0
-            has no second derivative, because the random numbers of `fast` can't be drawn again.
+        fast: an implementation whose gradients are right but can't be differentiated.
+        composed: the same function in torch operations; it runs only in backward passes with
+            `create_graph=True`.
+        args, kwargs: their arguments. Tensors may be inside tuples. With an argument `dropout_p`
+            above 0 there are no second derivatives: the random numbers of `fast` are not known.
 
     Returns:
         What `fast` returns: a tensor, or tensors in tuples.
+
+    >>> def square(x):
+    ...     return x * x
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> y = twice_differentiable(square, square, x)
+    >>> (slope,) = torch.autograd.grad(y, x, create_graph=True)
+    >>> torch.autograd.grad(slope, x)
+    (tensor(2.),)
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
         return fast(*args, **kwargs)
@@ -51,21 +59,23 @@ def twice_differentiable(
 
 
 class _Call:
-    """What the two ends of one call share.
+    """What the two ends of a call share.
 
     Attributes:
         gradients: of the outputs, from `_Leave` to `_Enter` in one backward pass.
     """
 
     def __init__(self, composed: Callable[..., Any], arguments: Any) -> None:
-        self.composed, self.arguments = composed, arguments
+        self.composed = composed
+        self.arguments = arguments
         self.gradients: tuple[Tensor | None, ...] = ()
 
     def differentiate(
         self, tensors: tuple[Tensor, ...], needed: tuple[bool, ...]
     ) -> list[Tensor | None]:
         """Gradients of the tensors that need one, with a history."""
-        gradients, self.gradients = self.gradients, ()
+        gradients = self.gradients
+        self.gradients = ()
         # Aliases: one input may be computed from another, or be the same tensor.
         inputs = [x.view_as(x) if n else x for x, n in zip(tensors, needed, strict=True)]
         args, kwargs = _with_tensors(self.arguments, inputs)
@@ -89,7 +99,7 @@ class _Call:
 
 
 class _Enter(torch.autograd.Function):
-    """The tensors that require a gradient, as they are."""
+    """Passes on the tensors that require a gradient."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +118,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """The outputs, as they are."""
+    """Passes on the outputs."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *outputs: Tensor) -> tuple[Tensor, ...]:
@@ -125,7 +135,7 @@ class _Leave(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor stood."""
+    """The place of a tensor in a tree of arguments."""
 
     index: int
 

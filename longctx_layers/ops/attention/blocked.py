@@ -274,11 +274,11 @@ def _attend(
         y = _scaled_dot_product(fold(q), k, v, fold(mask), False, dropout_p, scale)
     else:
         precise = torch.promote_types(q.dtype, torch.float32)
-        near = (fold(q).to(precise) * scale) @ k.to(precise).mT
-        near = near.masked_fill(~fold(mask), -math.inf)
-        distant = (fold(far.q).to(precise) * scale) @ far.k.to(precise).mT
-        distant = distant.masked_fill(~fold(far.mask), -math.inf)
-        weights = F.dropout(torch.cat([near, distant], dim=-1).softmax(-1), dropout_p)
-        near, distant = weights.split([k.shape[2], far.k.shape[2]], dim=-1)
-        y = (near @ v.to(precise) + distant @ far.v.to(precise)).to(q.dtype)
+        near_scores = (fold(q).to(precise) * scale) @ k.to(precise).mT
+        near_scores = near_scores.masked_fill(~fold(mask), -math.inf)
+        far_scores = (fold(far.q).to(precise) * scale) @ far.k.to(precise).mT
+        far_scores = far_scores.masked_fill(~fold(far.mask), -math.inf)
+        weights = F.dropout(torch.cat([near_scores, far_scores], dim=-1).softmax(-1), dropout_p)
+        near_weights, far_weights = weights.split([k.shape[2], far.k.shape[2]], dim=-1)
+        y = (near_weights @ v.to(precise) + far_weights @ far.v.to(precise)).to(q.dtype)
     return y.unflatten(2, (share, length)).flatten(1, 2)

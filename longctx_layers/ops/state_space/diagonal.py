@@ -167,8 +167,8 @@ def _varying_tiles(u: Tensor, log_decay: Tensor, starts: Tensor | None) -> tuple
         u = u + decay * shifted
         alive = alive & F.pad(alive[:, :, :-step], (0, 0, step, 0), value=True)
         step *= 2
-        behind = F.pad(sums[:, :, :-step], (0, 0, min(step, tile), 0))
-        decay = torch.where(alive, (sums - behind).exp().to(u.dtype), 0)
+        earlier = F.pad(sums[:, :, :-step], (0, 0, min(step, tile), 0))
+        decay = torch.where(alive, (sums - earlier).exp().to(u.dtype), 0)
     return u, decay
 
 
