@@ -75,12 +75,13 @@ def rotary_table(
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     precise = torch.promote_types(like.dtype, torch.float32)
     # Not while something traces or transforms the call, which would follow the table's tensors.
+    # The length is looked at last: while tracing, that would fix a bound for it.
     cache = (
-        length <= _LONGEST_CACHED
-        and like.device.type == "cpu"
+        like.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(like) in (Tensor, nn.Parameter)
         and not transformed()
+        and length <= _LONGEST_CACHED
     )
     compute = _cached if cache else _compute
     return compute(length, dim, base, scaling, like.device, wide, precise)

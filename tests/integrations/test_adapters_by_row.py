@@ -1,4 +1,4 @@
-"""PEFT's adapters that are chosen by row, in calls that would be worked through in pieces."""
+"""PEFT's adapters that are chosen by row, in calls that would be split."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from support.hf_models import every_pattern, hf_model
 from torch import nn
 from torch.testing import assert_close
 
-from longctx_layers.layers import pieces
+from longctx_layers.layers import splitting
 
 peft = pytest.importorskip("peft", reason="adapters need PEFT")
 
@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft", reason="adapters need PEFT")
 @every_pattern
 def test_rows_with_adapters_of_their_own(pattern, monkeypatch):
     """Each row's logits are those of a call of its own with its adapter."""
-    monkeypatch.setattr(pieces, "TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(splitting, "TOKENS_AT_ONCE", 16)
     model = hf_model(*pattern, dtype=torch.float32).eval()
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"])
     tuned = peft.get_peft_model(model, config, adapter_name="first")
