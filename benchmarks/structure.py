@@ -1,4 +1,4 @@
-"""Measures how the project is built: its import graph, the way of a call through it, its lines.
+"""Measures how the project is built: its import graph, the path of a call through it, its lines.
 
     python benchmarks/structure.py [--root CHECKOUT] [--json FILE] [--before FILE]
 
@@ -43,7 +43,7 @@ else:
 PACKAGE = "longctx_layers"
 LIBRARY = {PACKAGE: PACKAGE, f"{PACKAGE}.kernels": "kernels"}  # import name -> folder
 APPLICATION = re.compile(
-    rf"{PACKAGE}\.(data|training|reports|evals\.(program|synthetic))\b|.*__main__$"
+    rf"{PACKAGE}\.(cli|data|training|reports|evals\.(program|synthetic))\b|.*__main__$"
 )
 TRACED: dict[str, tuple[str, dict[str, int]]] = {  # label -> name in the registry, options
     "DPASSM": ("dpassm", {"window_size": 128}),

@@ -10,39 +10,35 @@ a page, its numbers and a picture. Linux only, for the resident memory.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from longctx_layers import LAYERS, LongContextLM, create_model
-from longctx_layers.files import write
+from longctx_layers.command_line import Parser, add_output
+from longctx_layers.files import write_all
+from longctx_layers.info import machine
 from longctx_layers.layers.registry import canonical_name
 from longctx_layers.lm.factory import SIZES
-from longctx_layers.reports.files import add_output
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from longctx_layers.lm.model import ModelState
+from longctx_layers.reports import figures
+from longctx_layers.reports.markdown import table
 
 EARLY = 1_000  # tokens after which decoding is timed for comparison
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-BLUE, VERMILION = "#0072B2", "#D55E00"
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--length", type=int, default=1_000_000, help="tokens to prefill")
     parser.add_argument("--piece", type=int, default=4096, help="tokens in a call")
     parser.add_argument("--decode", type=int, default=100, help="tokens to decode, at both places")
@@ -50,9 +46,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block", type=canonical_name, choices=LAYERS, default="dpassm")
     parser.add_argument("--checkpoint", type=Path, help="a folder of save_pretrained")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and state")
-    parser.add_argument("--text", type=Path, help="file whose bytes are the tokens, over and over")
+    parser.add_argument("--text", type=Path, help="file whose bytes are the tokens, repeated")
     parser.add_argument("--seed", type=int, default=0)
-    add_output(parser, "--output-dir", "stream")
+    add_output(parser, "--output_dir", "stream")
     args = parser.parse_args(argv)
     for name in ("piece", "decode"):
         if getattr(args, name) < 1:
@@ -73,11 +69,11 @@ def load(args: argparse.Namespace) -> LongContextLM:
 
 
 def pieces(args: argparse.Namespace, vocab_size: int) -> Iterator[Tensor]:
-    """The tokens `[1, n]`: a piece of `EARLY`, then pieces of `--piece`; random without a text."""
+    """The tokens `[1, n]`: first `EARLY` of them, then `--piece` each; random without a text."""
     generator = torch.Generator().manual_seed(args.seed)
     text = b"" if args.text is None else args.text.read_bytes()
     if args.text is not None and not text:
-        raise ValueError(f"text: expected a file with at least one byte, got {args.text}, empty")
+        raise ValueError(f"--text: expected at least one byte, but {args.text} is empty")
     begin = 0
     while begin < args.length:
         end = min(begin + args.piece, args.length) if begin else EARLY
@@ -90,16 +86,19 @@ def pieces(args: argparse.Namespace, vocab_size: int) -> Iterator[Tensor]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @torch.no_grad()
 def prefill(
     model: LongContextLM, args: argparse.Namespace
-) -> tuple[Any, Any, list[dict[str, float]]]:
+) -> tuple[ModelState, ModelState, list[dict[str, float]]]:
     """The states after `EARLY` and after all tokens, and a record of every piece."""
-    state, early, records, position = None, None, [], 0
+    state: ModelState | None = None
+    early: ModelState | None = None
+    records: list[dict[str, float]] = []
+    position = 0
     with tqdm(total=args.length, unit="token", unit_scale=True, disable=None) as bar:
         for ids in pieces(args, model.config.vocab_size):
             begin = time.perf_counter()
@@ -108,20 +107,25 @@ def prefill(
             position += ids.shape[1]
             early = state if early is None else early
             speed = ids.shape[1] / seconds
-            records.append(
-                {"position": position, "seconds": seconds, "tokens_per_second": speed,
-                 "resident_bytes": resident()}
-            )  # fmt: skip
+            record = {
+                "position": position,
+                "seconds": round(seconds, 4),
+                "tokens_per_second": round(speed, 1),
+                "resident_bytes": resident(),
+            }
+            records.append(record)
             bar.update(ids.shape[1])
             bar.set_postfix_str(f"{resident() / 2**20:,.0f} MiB resident")
             if bar.disable and len(records) % 20 == 1:
                 print(f"{position:,} tokens, {speed:,.0f} tokens/s", flush=True)
+    assert early is not None
+    assert state is not None
     return early, state, records
 
 
 @torch.no_grad()
-def decode(model: LongContextLM, states: dict[str, Any], count: int) -> dict[str, float]:
-    """Median seconds of a token after each state; they take turns, so that noise hits both."""
+def decode(model: LongContextLM, states: dict[str, ModelState], count: int) -> dict[str, float]:
+    """Median seconds of a token after each state; they take turns, so that noise affects both."""
     taken: dict[str, list[float]] = {name: [] for name in states}
     ids = {name: torch.zeros(1, 1, dtype=torch.int64) for name in states}
     states = dict(states)
@@ -135,66 +139,65 @@ def decode(model: LongContextLM, states: dict[str, Any], count: int) -> dict[str
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def state_bytes(state: Any) -> int:
-    """Of all tensors of the model's state."""
+def state_bytes(state: ModelState) -> int:
+    """Size of all tensors of the model's state."""
     return sum(tensor.nbytes for layer in state for tensor in layer)
 
 
 def draw(records: list[dict[str, float]], title: str) -> bytes:
-    """Resident memory and tokens per second over the position, as a PNG."""
-    figure, panels = plt.subplots(2, sharex=True, figsize=(7, 5.4))
+    """Resident memory and tokens per second by position, as a PNG."""
+    figure, (left, right) = figures.new_panels(2)
+    figure.suptitle(title)
+    figures.tidy(left, "Memory", "position (tokens)", "resident memory (MiB)")
+    figures.tidy(right, "Speed", "position (tokens)", "prefill (tokens/s)")
     x = [record["position"] for record in records]
     memory = [record["resident_bytes"] / 2**20 for record in records]
     speed = [record["tokens_per_second"] for record in records]
-    panels[0].plot(x, memory, color=BLUE)
-    panels[0].set(ylabel="resident memory (MiB)", ylim=(0, 1.25 * max(memory)), title=title)
-    panels[1].plot(x, speed, color=VERMILION)
-    panels[1].set(ylabel="prefill (tokens/s)", ylim=(0, 1.25 * max(speed)))
-    panels[1].set_xlabel("position (tokens)")
-    panels[1].xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
+    for axes, y, colour in ((left, memory, figures.BLUE), (right, speed, figures.VERMILION)):
+        axes.plot(x, y, color=colour)
+        axes.set_ylim(0, 1.25 * max(y))
+        axes.xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
+        axes.tick_params("x", rotation=20)
+    return figures.png(figure)
 
 
-def page(metrics: dict[str, Any]) -> str:
+def page(m: dict[str, Any]) -> str:
     """The Markdown page."""
-    m, early, late = metrics, metrics["early"], metrics["late"]
     low, high = (bound / 2**20 for bound in m["resident_bytes"])
-    lines = [
-        f"# {m['length']:,} tokens, one after another", "",
+    rows = [
+        [
+            f"{place['position']:,} tokens",
+            f"{1e3 * place['seconds']:.2f} ms",
+            f"{1 / place['seconds']:.1f}",
+            f"{place['state_bytes']:,} bytes",
+        ]
+        for place in (m["early"], m["late"])
+    ]
+    parts = [
+        f"# {m['length']:,} tokens in one stream",
         f"`{m['command']}` on {m['machine']}: {m['model']}, {m['parameters']:,} parameters in "
-        f"{m['dtype']}, in pieces of {m['piece']:,}.", "",
+        f"{m['dtype']}, in pieces of {m['piece']:,}.",
         f"The prefill took **{m['seconds'] / 60:,.1f} minutes**, "
-        f"{m['length'] / m['seconds']:,.0f} tokens per second. Between its second piece and its "
-        f"last the process held {low:,.0f} to {high:,.0f} MiB.", "",
-        "| after | a token | tokens/s | state |", "|---|---|---|---|",
-        *(
-            f"| {place['position']:,} tokens | {1e3 * place['seconds']:.2f} ms | "
-            f"{1 / place['seconds']:.1f} | {place['state_bytes']:,} bytes |"
-            for place in (early, late)
-        ),
-        "", "![memory and speed by position](stream.png)", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+        f"{m['length'] / m['seconds']:,.0f} tokens per second. Between its second and its last "
+        f"piece the process held {low:,.0f} to {high:,.0f} MiB.",
+        table(["after", "time per token", "tokens/s", "state"], rows),
+        "![memory and speed by position](stream.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    args = parse(argv)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    arguments = sys.argv[1:] if argv is None else argv
+    args = parse(arguments)
     model = load(args)
     print(model.describe())
     early, late, records = prefill(model, args)
     medians = decode(model, {"early": early, "late": late}, args.decode)
     settled = [record["resident_bytes"] for record in records[2:]] or [resident()]
     places = {"early": (EARLY, early), "late": (args.length, late)}
-    metrics = {
-        "command": "python examples/stream.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        "machine": f"{torch.get_num_threads()} threads of {platform.machine()}, "
-        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}",
+    metrics: dict[str, Any] = {
+        "command": " ".join(["python examples/stream.py", *arguments]),
+        "machine": machine(),
         "model": str(args.checkpoint or f"a new {args.size} of {args.block}"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": args.dtype,
@@ -202,21 +205,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "piece": args.piece,
         "seconds": sum(record["seconds"] for record in records),
         "resident_bytes": [min(settled), max(settled)],
-        **{
-            name: {
-                "position": position,
-                "seconds": medians[name],
-                "state_bytes": state_bytes(state),
-            }
-            for name, (position, state) in places.items()
-        },
-        "pieces": records,
     }
+    for name, (position, state) in places.items():
+        metrics[name] = {
+            "position": position,
+            "seconds": medians[name],
+            "state_bytes": state_bytes(state),
+        }
+    metrics["pieces"] = records
     title = f"{metrics['model']}, {args.dtype}, in pieces of {args.piece:,}"
-    write(args.output_dir / "stream.png", draw(records, title))
-    write(args.output_dir / "stream.json", json.dumps(metrics, indent=1) + "\n")
-    write(args.output_dir / "stream.md", page(metrics))
-    print("\n" + page(metrics) + f"\nWritten to {args.output_dir}/")
+    files: dict[str, str | bytes] = {
+        "stream.md": page(metrics),
+        "stream.json": json.dumps(metrics, indent=1) + "\n",
+        "stream.png": draw(records, title),
+    }
+    write_all(args.output_dir, files)
+    print(f"\n{files['stream.md']!s}\nWritten to {args.output_dir}/")
     return metrics
 
 

@@ -21,12 +21,18 @@ MOVED = {
     "sizes": "lm.factory",
     "varlen": "packing",
     "calls": "transformers_calls.documents",
+    "evals.associative": "evals.tasks",
+    "evals.distances": "evals.tasks",
     "evals.prefill": "evals.probing",
+    "evals.recall": "evals.tasks",
+    "evals.vocabulary": "evals.tasks.vocabulary",
     "layers.ssm": "layers.state_space",
     "ops.blocked_attention": "ops.attention.blocked",
     "ops.dispatch": "ops.backends",
     "ops.far": "ops.attention.far",
+    "ops.merge": "ops.attention.far",
     "ops.scan": "ops.state_space.diagonal",
+    "ops.triton_support": "ops.availability",
 }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from longctx_layers.command_line import closest
@@ -69,6 +70,22 @@ def usage() -> str:
     )
 
 
+@contextmanager
+def _started_as(module: str) -> Iterator[None]:
+    """Make the running process look like `python -m module`.
+
+    A program that starts itself again, as Lightning does for each device, looks up there how it was
+    started. `sys.argv[0]` is no help: it is "longctx", which is no file here.
+    """
+    main_module = sys.modules["__main__"]
+    before = main_module.__spec__
+    main_module.__spec__ = sys.modules[module].__spec__
+    try:
+        yield
+    finally:
+        main_module.__spec__ = before
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; `sys.argv` if no arguments are given."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -79,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = COMMANDS.get(name)
     if command is None:
         sys.exit(f"longctx: error: no command {name!r}{closest(name, COMMANDS)}\n\n{usage()}")
-    sys.argv = [f"longctx {name}", *rest]  # the programs read it, and name themselves by it
+    sys.argv = ["longctx", *rest]  # the programs read it, and name themselves by it
     try:
         program = importlib.import_module(command.module)
     except ModuleNotFoundError as error:
@@ -89,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"longctx {name}: error: this command needs {error.name}, which is not installed; "
             f"pip install 'longctx-layers[{command.extra}]'"
         )
-    program.main()
+    with _started_as(command.module):
+        program.main()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 # What a full or read-only disk, a quota, a limit or missing rights say.
 UNWRITABLE = (
@@ -87,22 +88,43 @@ def _write_locked(folder: Path, write: Callable[[Path], None]) -> None:
             raise
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: open a file next to it, which takes its name at the end.
+
+    The content is on the disk before the file gets its name. After an error the earlier file, if
+    there was one, is as it was, and nothing else is left.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with replacing(folder / "notes.txt") as file:
+    ...     _ = file.write(b"all of it")
+    >>> [(path.name, path.read_text()) for path in folder.iterdir()]
+    [('notes.txt', 'all of it')]
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        if os.path.lexists(partial):
+            partial.unlink()
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, with its folder.
 
     Raises:
         OSError: if it cannot be written; an earlier file is as it was, and nothing else is left.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(partial, path)
+        with replacing(path) as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise _unwritten(path, error) from error
-    finally:
-        if os.path.lexists(partial):
-            partial.unlink()
 
 
 @contextmanager
@@ -159,6 +181,25 @@ def _unwritten(path: Path, error: OSError) -> OSError:
         f"could not write {path} ({error.strerror or error}), which is as it was before; make room "
         "or allow writing there, or choose another place"
     )
+
+
+def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Write files by their names under a folder, all or none.
+
+    Raises:
+        OSError: if one cannot be written; files that existed before are unchanged.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_all(folder, {"page.md": "# A page", "pictures/a.png": b"..."})
+    >>> sorted(path.name for path in folder.iterdir())
+    ['page.md', 'pictures']
+    """
+    check_targets(folder, contents)
+    with write_folder(folder) as partial:
+        for name, content in contents.items():
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def check_targets(folder: Path, names: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from longctx_layers.command_line import Parser
+from longctx_layers.command_line import Parser, program_name
 from longctx_layers.layers import LAYERS, build_layer
 from longctx_layers.ops import Choice, explain
 
@@ -33,6 +33,24 @@ def installed() -> dict[str, str]:
     return versions
 
 
+def machine(device: torch.device | str = "cpu") -> str:
+    """What measurements depend on, in one line: processor, threads and torch's version.
+
+    >>> "torch" in machine()
+    True
+    """
+    threads = torch.get_num_threads()
+    parts = [
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        f"{threads} thread{'s' * (threads > 1)}",
+        f"torch {torch.__version__}",
+    ]
+    if torch.device(device).type == "cuda":
+        parts.insert(0, torch.cuda.get_device_name(device))
+    return ", ".join(parts)
+
+
 def choices(device: torch.device | str) -> list[Choice]:
     """Every operation's backends for a small call of each layer on the device."""
     rows: dict[Choice, None] = {}
@@ -44,7 +62,10 @@ def choices(device: torch.device | str) -> list[Choice]:
 
 def main() -> None:
     """Print versions, devices and backends."""
-    Parser(description="Print versions, devices, and which backend runs what.").parse_args()
+    Parser(
+        prog=program_name("longctx_layers.info", "info"),
+        description="Print versions, devices, and which backend runs what.",
+    ).parse_args()
     print(f"python {platform.python_version()} on {platform.machine()}")
     for name, version in installed().items():
         print(f"{name:<16} {version}")

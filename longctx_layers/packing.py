@@ -1,9 +1,9 @@
-"""Documents of many lengths in few rows: what others pass instead of segment ids, and back.
+"""Convert between segment ids and the other ways of marking documents in packed or padded batches.
 
-segment_ids   [B, T], equal in a document, negative at pads: what the layers take
-cu_seqlens    [n + 1], where documents begin and end in one long row: flash-attn's
-position_ids  [B, T], a token's place in its document: what restarts at a new one
-attention_mask  [B, T], 0 at pads and 1 elsewhere
+segment_ids     [B, T]   same id within a document, negative at padding; what the layers take
+cu_seqlens      [n + 1]  cumulative document lengths in a single packed row; used by flash-attn
+position_ids    [B, T]   a token's position in its document, so that it restarts with each document
+attention_mask  [B, T]   0 at padding, 1 elsewhere
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from longctx_layers.ops.segments import PAD_SEGMENT
 
 
 class CuSeqlens(NamedTuple):
-    """Rows with their pads taken out, as one long row.
+    """How to pack a batch into one row without padding, as variable-length kernels expect it.
 
     Attributes:
-        cu_seqlens: `[n + 1]` int32, cumulative lengths of the n documents, from 0 on.
-        max_seqlen: tokens of the longest document; 0 without any.
-        indices: `[N]` int64, where in the flattened `[B * T]` rows the N real tokens stand: with
-            x `[B, T, D]`, `x.flatten(0, 1)[indices]` is the long row, `[N, D]`.
+        cu_seqlens: `[n + 1]` int32, cumulative lengths of the n documents, starting with 0.
+        max_seqlen: length of the longest document; 0 if there are no documents.
+        indices: `[N]` int64, positions of the N real tokens in the flattened batch, `[B * T]`. For
+            x `[B, T, D]`, `x.flatten(0, 1)[indices]` is the packed row, `[N, D]`.
     """
 
     cu_seqlens: Tensor
@@ -34,29 +34,36 @@ class CuSeqlens(NamedTuple):
 
 
 def segment_ids_from_cu_seqlens(cu_seqlens: Tensor, length: int | None = None) -> Tensor:
-    """Number the documents of one long row: 0, 1, 2, ...
+    """Run a layer on a packed row that is described by cumulative lengths, as flash-attn does.
+
+    >>> from longctx_layers.packing import segment_ids_from_cu_seqlens
+    >>> segment_ids_from_cu_seqlens(torch.tensor([0, 3, 5]), length=6)
+    tensor([[ 0,  0,  0,  1,  1, -1]])
 
     Args:
-        cu_seqlens: `[n + 1]` integers, n >= 0: 0, then where each document ends; never falling.
-            An empty document takes a number and no token.
-        length: tokens of the row; those behind the last document are pads. By default the row ends
-            with its last document. To give it costs a GPU no synchronisation, but then nothing
-            checks that cu_seqlens begins at 0, rises and ends within the row.
+        cu_seqlens: `[n + 1]` integers, n >= 0: 0, then the end of each document, in non-decreasing
+            order. An empty document uses up an id but has no token.
+        length: length of the row; tokens after the last document are padding. By default the row
+            ends with its last document. Passing it avoids a synchronisation on a GPU, but then the
+            values of cu_seqlens are not checked.
 
     Returns:
-        `[1, length]` int64, -1 at pads.
+        Segment ids `[1, length]` int64: 0, 1, 2, ..., and -1 at padding.
 
     Raises:
-        ValueError, TypeError: for a shape, dtype or order that does not fit.
+        ValueError, TypeError: for a wrong shape, dtype or order.
     """
     expect_shape("cu_seqlens", cu_seqlens, (None,), "[n + 1]")
     _expect_integers("cu_seqlens", cu_seqlens)
     if len(cu_seqlens) == 0:
-        raise ValueError("cu_seqlens: expected at least its first 0, got no element; pass [0]")
+        raise ValueError(
+            "cu_seqlens: expected at least one element, 0, got an empty tensor; pass [0] for a row "
+            "without documents"
+        )
     if length is not None:
         expect_count("length", length)
-    known = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if length is None or known:
+    values_are_free = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if length is None or values_are_free:
         length = _checked_length(cu_seqlens.tolist(), length)
     index = torch.arange(length, device=cu_seqlens.device)
     ends = cu_seqlens[1:].long()
@@ -65,16 +72,21 @@ def segment_ids_from_cu_seqlens(cu_seqlens: Tensor, length: int | None = None) -
 
 
 def cu_seqlens_from_segment_ids(segment_ids: Tensor) -> CuSeqlens:
-    """Take the pads out of rows, and say where their documents begin and end.
+    """Pack a batch into one row without padding, e.g. for a variable-length attention kernel.
 
-    A document is a run of equal ids of one row, pads within it left out. Synchronises a GPU: how
-    many documents there are is a shape.
+    A document is a run of equal ids in one row; padding inside the run does not split it. This
+    synchronises a GPU, because the number of documents is a shape.
+
+    >>> from longctx_layers.packing import cu_seqlens_from_segment_ids
+    >>> packed = cu_seqlens_from_segment_ids(torch.tensor([[-1, 0, 0], [0, 0, 1]]))
+    >>> packed.cu_seqlens.tolist(), packed.max_seqlen, packed.indices.tolist()
+    ([0, 2, 4, 5], 2, [1, 2, 3, 4, 5])
 
     Args:
-        segment_ids: `[B, T]` integers, negative at pads.
+        segment_ids: `[B, T]` integers, negative at padding.
 
     Raises:
-        ValueError, TypeError: for a shape or dtype that does not fit.
+        ValueError, TypeError: for a wrong shape or dtype.
     """
     _check_rows("segment_ids", segment_ids)
     index = (segment_ids.flatten() >= 0).nonzero().squeeze(1)
@@ -90,23 +102,27 @@ def cu_seqlens_from_segment_ids(segment_ids: Tensor) -> CuSeqlens:
 def segment_ids_from_position_ids(
     position_ids: Tensor, held: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Number the documents of each row: a new one begins wherever positions do not go up by one.
+    """Find the documents of packed rows from positions that restart with each document.
 
-    Only real tokens are compared. Pads between two tokens of a document may count as positions or
-    not: both conventions are in use.
+    A new document starts wherever positions do not increase by one. Only real tokens are compared:
+    padding inside a document may or may not be counted as positions, as both conventions exist.
+
+    >>> from longctx_layers.packing import segment_ids_from_position_ids
+    >>> segment_ids_from_position_ids(torch.tensor([[0, 1, 2, 0, 1]]))
+    tensor([[0, 0, 0, 1, 1]])
 
     Args:
         position_ids: `[B, T]` integers.
-        held: `[B]` integers, the ids of the segments that the rows' states are in, negative for
-            none: they continue, unless the first real token here has position 0. None for rows
-            that begin.
-        attention_mask: `[B, T]`, 0 at pads, whose positions mean nothing. None without pads.
+        held: `[B]` integers, the segment that each row's state is in, negative if none. The segment
+            continues unless the first real token of the row has position 0. None if there is no
+            state.
+        attention_mask: `[B, T]`, 0 at padding, where positions are ignored. None for no padding.
 
     Returns:
-        `[B, T]` int64; the ids go up from the held ones, or from 0; -1 at pads.
+        Segment ids `[B, T]` int64, which count up from the held ids, or from 0; -1 at padding.
 
     Raises:
-        ValueError, TypeError: for a shape or dtype that does not fit.
+        ValueError, TypeError: for a wrong shape or dtype.
     """
     _check_rows("position_ids", position_ids)
     if attention_mask is None:
@@ -127,38 +143,50 @@ def segment_ids_from_position_ids(
 
 
 def position_ids_from_segment_ids(segment_ids: Tensor) -> Tensor:
-    """A token's place in its document, `[B, T]` int64, from 0 on; pads don't count, and get 0.
+    """Compute each token's position in its document, for a model that needs positions.
+
+    >>> from longctx_layers.packing import position_ids_from_segment_ids
+    >>> position_ids_from_segment_ids(torch.tensor([[-1, 0, 0, 0, 1]]))
+    tensor([[0, 0, 1, 2, 0]])
 
     Args:
-        segment_ids: `[B, T]` integers, negative at pads.
+        segment_ids: `[B, T]` integers, negative at padding.
+
+    Returns:
+        `[B, T]` int64, starting with 0 in each document; padding is not counted and gets 0.
 
     Raises:
-        ValueError, TypeError: for a shape or dtype that does not fit.
+        ValueError, TypeError: for a wrong shape or dtype.
     """
     _check_rows("segment_ids", segment_ids)
     real = segment_ids >= 0
-    place = real.cumsum(1) - 1
+    count = real.cumsum(1) - 1
     before = _real_before(real)
     earlier = segment_ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, PAD_SEGMENT)
     begins = real & (earlier != segment_ids)
-    start = torch.where(begins, place, 0).cummax(1).values
-    return torch.where(real, place - start, 0)
+    start = torch.where(begins, count, 0).cummax(1).values
+    return torch.where(real, count - start, 0)
 
 
 def segment_ids_from_attention_mask(attention_mask: Tensor, held: Tensor | None = None) -> Tensor:
-    """One document a row, with its pads anywhere: -1 where the mask is 0.
+    """Run a layer on a padded batch with one document per row; padding may be anywhere.
+
+    >>> from longctx_layers.packing import segment_ids_from_attention_mask
+    >>> segment_ids_from_attention_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    tensor([[-1, -1,  0,  0],
+            [ 0,  0,  0,  0]])
 
     Args:
         attention_mask: `[B, T]`, integers or bool.
-        held: `[B]` integers, the ids of the segments that the rows' states are in and go on with,
-            negative for none. None for rows that begin.
+        held: `[B]` integers, the segment that each row's state is in and that continues here,
+            negative if none. None if there is no state.
 
     Returns:
-        `[B, T]` int64: the held id, or 0, at real tokens.
+        Segment ids `[B, T]` int64: the held id, or 0, at real tokens; -1 at padding.
 
     Raises:
-        ValueError: for a mask of another shape, as a 4-D one that says what each token sees, or
-            one that numbers documents.
+        ValueError: for a mask of another shape, such as a 4-D mask of queries and keys, or for one
+            that numbers documents.
     """
     expect_shape("attention_mask", attention_mask, (None, None), "[B, T]")
     if not torch.compiler.is_compiling():
@@ -170,7 +198,7 @@ def segment_ids_from_attention_mask(attention_mask: Tensor, held: Tensor | None 
 
 
 def is_binary(attention_mask: Tensor) -> Tensor:
-    """Whether a mask has nothing but 0 and 1, a scalar tensor."""
+    """Whether all values of a mask are 0 or 1, as a scalar tensor."""
     return ((attention_mask == 0) | (attention_mask == 1)).all()
 
 
@@ -178,14 +206,14 @@ def expect_zeros_and_ones(attention_mask: Tensor, binary: bool) -> None:
     """Raise ValueError for a mask that is not binary."""
     if not binary:
         raise ValueError(
-            "attention_mask: expected 0 at pads and 1 elsewhere, got values from "
+            "attention_mask: expected 0 at padding and 1 elsewhere, got values from "
             f"{attention_mask.min().item()} to {attention_mask.max().item()}; if they number "
-            "documents, pass segment_ids instead (negative at pads)"
+            "documents, pass segment_ids instead (negative at padding)"
         )
 
 
 def _real_before(real: Tensor) -> Tensor:
-    """The last real column before each column, `[B, T]`; -1 for none."""
+    """The last column before each one that holds a real token, `[B, T]`; -1 if there is none."""
     column = torch.arange(real.shape[1], device=real.device)
     last = torch.where(real, column, -1).cummax(1).values
     return F.pad(last, (1, 0), value=-1)[:, : len(column)]
@@ -193,10 +221,10 @@ def _real_before(real: Tensor) -> Tensor:
 
 def _checked_length(bounds: list[int], length: int | None) -> int:
     if bounds[0] != 0 or bounds != sorted(bounds) or (length is not None and bounds[-1] > length):
-        within = "" if length is None else f" and stay within {length}"
+        limit = "" if length is None else f", and at most the row's length, {length}"
         raise ValueError(
-            f"cu_seqlens: expected numbers that begin with 0, never fall{within}, got "
-            f"{bounds[:20]}; pass the cumulative sum of the lengths with a 0 before it"
+            f"cu_seqlens: expected non-decreasing integers starting with 0{limit}, got "
+            f"{bounds[:20]}; pass the cumulative sum of the document lengths, preceded by 0"
         )
     return bounds[-1] if length is None else length
 

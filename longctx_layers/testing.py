@@ -30,7 +30,8 @@ from longctx_layers.layers import (
 )
 from longctx_layers.lm.config import ModelConfig
 from longctx_layers.lm.model import LongContextLM
-from longctx_layers.self_check import error_budget, max_error
+from longctx_layers.numerics import error_budget as error_budget
+from longctx_layers.numerics import max_error as max_error
 
 
 def layer_cases() -> dict[str, tuple[str, dict[str, Any]]]:

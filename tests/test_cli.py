@@ -45,3 +45,17 @@ def test_the_arguments_reach_the_program(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--task", "passkey", "--sequence_lenght", "8"])
     assert "longctx evaluate" in capsys.readouterr().err
+
+
+def test_processes_for_other_devices_run_the_same_command(monkeypatch):
+    launcher = pytest.importorskip("lightning.fabric.strategies.launchers.subprocess_script")
+    from longctx_layers.training import train
+
+    commands = []
+    monkeypatch.setattr(train, "main", lambda: commands.append(launcher._basic_subprocess_cmd()))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    before = sys.modules["__main__"].__spec__
+    cli.main(["train", "fit", "--trainer.devices=2"])
+    module = "longctx_layers.training.train"
+    assert list(commands[0]) == [sys.executable, "-m", module, "fit", "--trainer.devices=2"]
+    assert sys.modules["__main__"].__spec__ is before

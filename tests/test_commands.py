@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx_layers.reports.files import add_output
+from longctx_layers.command_line import add_output
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx_layers.layers import detach_state
 from longctx_layers.ops import Segments
-from longctx_layers.ops.state_space import diagonal as scan
+from longctx_layers.ops.state_space import tiles
 from longctx_layers.testing import LAYER_CASES, small_layer, small_model
 
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -62,10 +62,10 @@ def test_sums_without_cumsum(monkeypatch):
     x = torch.randn(3, 100, 2, dtype=torch.float64)
     for length in (1, 2, 63, 64, 100):
         part = x[:, :length]
-        found = scan._doubled_sum(part.mT).mT
+        found = tiles._doubled_sum(part.mT).mT
         torch.testing.assert_close(found, part.cumsum(1), rtol=1e-14, atol=1e-14)
     with deterministic(False), Called() as called:
-        scan.running_sum(x.to("meta"), 1)
+        tiles.running_sum(x.to("meta"), 1)
     assert "cumsum" not in called.names
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from longctx_layers.files import NotRestoredError, replace_all, write_folder
-from longctx_layers.reports.files import write_all
+from longctx_layers.files import NotRestoredError, replace_all, write_all, write_folder
 from longctx_layers.testing import small_model
 
 NAMES = ("a", "b", "c")

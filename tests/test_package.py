@@ -9,10 +9,11 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from benchmarks import structure
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {"triton", "flash", "flash4", "liger", "train", "deepspeed", "hf", "bench", "docs", "dev"}
@@ -115,12 +116,42 @@ def test_wheel_requires_torch_einops_and_safetensors_only(wheel: Path) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
 
 
-@pytest.mark.xdist_group("package")
-def test_wheel_imports_from_another_directory(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "target"
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel in it, as site-packages would have it."""
+    target = tmp_path_factory.mktemp("installed")
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index")
-    run(*pip, "--target", target, wheel, cwd=tmp_path)
-    assert_imports_from(target, sys.executable, cwd=tmp_path, PYTHONPATH=str(target))
+    run(*pip, "--target", target, wheel, cwd=target)
+    return target
+
+
+@pytest.mark.xdist_group("package")
+def test_wheel_imports_from_another_directory(installed: Path, tmp_path: Path) -> None:
+    assert_imports_from(installed, sys.executable, cwd=tmp_path, PYTHONPATH=str(installed))
+
+
+@pytest.mark.xdist_group("package")
+def test_programs_run_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="needs the extra `train`")
+    where = {"cwd": tmp_path, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    python = (sys.executable, "-m")
+    options = (
+        "--model.num_params=tiny --model.block=window --data.dataset_name=synthetic "
+        "--data.dataset_config=30 --data.seq_len=64 --data.batch-size=2 --trainer.max_steps=1 "
+        "--trainer.limit_val_batches=1 --trainer.accelerator=cpu"
+    )
+    run(*python, "longctx_layers.training.train", "fit", *options.split(), **where)
+    checkpoint = next(tmp_path.glob("logs/checkpoints/*.ckpt"))
+    common = ("--checkpoint-path", checkpoint, "--seq_len", "64", "--max_len", "64")
+    task = ("--task", "passkey", "--n", "1", "--no_probe", "--output_dir", "measured")
+    run(*python, "longctx_layers.evals.synthetic", *task, *common, **where)
+    assert (tmp_path / "measured/passkey.jsonl").is_file()
+    brief = ("--samples", "0", "--documents", "2", "--output-dir", "report")
+    run(*python, "longctx_layers.reports", *brief, *common, **where)
+    assert (tmp_path / "report/report.html").is_file()
+    longctx = installed / "bin/longctx"
+    run(sys.executable, longctx, "export", "--checkpoint", checkpoint, "--output", "m", **where)
+    assert (tmp_path / "m/model.safetensors").is_file()
 
 
 @pytest.mark.xdist_group("package")
@@ -151,110 +182,78 @@ def test_transformers_imports_from_the_root() -> None:
 
 # ---- Who imports whom
 
-# A module may import its own level and those below. Top-level files without a line here, and the
-# public names in longctx_layers itself, are of the model's level.
+# Files and folders of the library by level: each may import its own level and those below. `data`
+# is apart: it may import the ground only. Others, such as the programs' command line, are free.
 LEVELS = {
+    "files": 0,
     "kernels": 1,
     "command_line": 1,
     "ops": 2,
     "layers": 3,
-    "data": 4,
+    "packing": 3,
+    "transformers_calls": 4,
+    "lm": 4,
     "hf": 5,
     "convert": 5,
-    "training": 5,
     "evals": 5,
+    "training": 5,
     "reports": 6,
     "testing": 6,
 }
-MODEL = 4
-OUTSIDE = {"triton": 0, "tests": 6, "benchmarks": 6, "examples": 6}
+GROUND = {"files", "command_line"}
+OUTSIDE = {"kernels", "tests", "support", "benchmarks", "examples"}
 
 
-def level(module: str) -> int | None:
-    """Where a module stands, lowest first; None for those that the rule is not about."""
-    top, _, rest = module.partition(".")
-    if top == "longctx_layers":
-        return LEVELS.get(rest.split(".")[0], MODEL)
-    return OUTSIDE.get(top)
-
-
-def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
-    """Full names that the source imports, anywhere in it: a lazy import is an arrow too."""
-    package = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Import(names=names):
-                yield from (alias.name for alias in names)
-            case ast.ImportFrom(module=base, names=names, level=dots):
-                above = package[: len(package) - dots + 1] if dots else []
-                parts = [*above, *([base] if base else [])]
-                yield from (".".join([*parts, alias.name]) for alias in names)
-            case ast.Call(
-                func=ast.Name(id="import_module" | "__import__")
-                | ast.Attribute(attr="import_module"),
-                args=[ast.Constant(value=str(name)), *_],
-            ):
-                yield name
-
-
-def wrong_arrows(source: str, module: str, is_package: bool = False) -> list[str]:
-    own = level(module)
-    assert own is not None
+def wrong_arrows(root: Path) -> list[str]:
+    """Imports in a checkout's library that go the wrong way."""
+    files = structure.modules(root)
     wrong = []
-    for name in imported(source, module, is_package):
-        if name.split(".")[0] == "kernels":
-            wrong.append(f"{module} imports {name}: its name is longctx_layers.kernels")
-        elif (other := level(name)) is not None and other > own:
-            wrong.append(f"{module} imports {name}, which stands above it")
+    for importer, imported, _ in structure.file_arrows(files):
+        above, below = structure.room(importer), structure.room(imported)
+        if above == "data" and below not in {"data", *GROUND}:
+            wrong.append(f"{importer} imports {imported}, but data imports nothing of the library")
+        if LEVELS.get(below, 0) > LEVELS.get(above, 9):
+            wrong.append(f"{importer} imports {imported}, which stands above it")
+        if imported == "longctx_layers" and above in LEVELS and LEVELS[above] < 5:
+            wrong.append(f"{importer} imports the package, which imports everything")
+    for module, path in files.items():
+        for name, _ in structure.imports(ast.parse(path.read_text(encoding="utf-8")), module):
+            if name.split(".")[0] in OUTSIDE:
+                wrong.append(f"{module} imports {name}, which is outside of the package")
     return wrong
 
 
 def test_imports_go_one_way() -> None:
-    wrong = []
-    for name, path in library_files().items():
-        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        wrong += wrong_arrows(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    wrong = wrong_arrows(ROOT)
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("longctx_layers.kernels.ssd", "from longctx_layers.ops import checks"),
-        ("longctx_layers.ops.ssd", "def f():\n    from longctx_layers.layers.base import Layer"),
-        ("longctx_layers.ops.ssd", "from .. import layers"),
-        ("longctx_layers.ops.ssd", "from ..layers import base"),
-        ("longctx_layers.ops.ssd", "from longctx_layers import DPASSM"),
-        ("longctx_layers.ops.ssd", "import kernels.ssd"),
-        ("longctx_layers.layers.dpassm", "import longctx_layers.lm.model"),
-        (
-            "longctx_layers.layers.dpassm",
-            "import importlib; importlib.import_module('longctx_layers.hf')",
-        ),
-        ("longctx_layers.lm.model", "from ..convert import to_dpassm"),
-        ("longctx_layers.lm.model", "from longctx_layers.testing import inputs"),
-        ("longctx_layers", "from . import reports"),
-        ("longctx_layers.hf", "from tests.conftest import settings"),
+        ("kernels/ssd.py", "from longctx_layers.ops import checks"),
+        ("longctx_layers/ops/ssd.py", "def f():\n    from longctx_layers.layers.base import Layer"),
+        ("longctx_layers/ops/ssd.py", "from ..layers import base"),
+        ("longctx_layers/ops/ssd.py", "from longctx_layers import DPASSM"),
+        ("longctx_layers/ops/ssd.py", "import kernels.ssd"),
+        ("longctx_layers/layers/base.py", "import longctx_layers.lm"),
+        ("longctx_layers/lm/__init__.py", "from ..convert import api"),
+        ("longctx_layers/hf/__init__.py", "from tests.conftest import settings"),
+        ("longctx_layers/data/__init__.py", "from longctx_layers.lm import model"),
     ],
 )
-def test_planted_wrong_arrow_is_found(module: str, source: str) -> None:
-    assert wrong_arrows(source, module, is_package=module == "longctx_layers")
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("longctx_layers.kernels.ssd", "import torch, triton.language as tl"),
-        ("longctx_layers.ops.ssd", "from longctx_layers.kernels import ssd; from . import checks"),
-        ("longctx_layers.layers.dpassm", "from ..ops.state_space.ssd import ssd"),
-        ("longctx_layers.lm.model", "from .generation import generate; from ..layers import x"),
-        ("longctx_layers", "from .lm.model import LongContextLM; from .layers import DPASSM"),
-        ("longctx_layers.hf", "import transformers; from longctx_layers import create_model"),
-        ("longctx_layers.testing", "from longctx_layers import layers"),
-    ],
-)
-def test_right_arrows_pass(module: str, source: str) -> None:
-    assert not wrong_arrows(source, module, is_package=module == "longctx_layers")
+def test_a_planted_wrong_arrow_is_found(module: str, source: str, tmp_path: Path) -> None:
+    for name in ("kernels", *(f"longctx_layers/{name}" for name in LEVELS if name != "kernels")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "longctx_layers/data").mkdir()
+    for name in ("longctx_layers/__init__.py", "longctx_layers/layers/base.py"):
+        (tmp_path / name).touch()
+    for name in ("lm/model", "convert/api"):
+        (tmp_path / f"longctx_layers/{name}.py").touch()
+    assert not wrong_arrows(tmp_path)
+    (tmp_path / module).write_text(source)
+    assert wrong_arrows(tmp_path)
 
 
 # ---- What `import longctx_layers` loads

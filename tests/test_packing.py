@@ -1,4 +1,4 @@
-"""Documents of many lengths: every form says the same, and the layers agree with each alone."""
+"""Every description of packed documents converts exactly, and layers keep documents separate."""
 
 import pytest
 import torch
@@ -30,10 +30,10 @@ def test_cu_seqlens_there_and_back(counts: list[int], spare: int) -> None:
     assert ids.dtype == torch.int64
     assert ids.tolist() == [by_hand]
     back = cu_seqlens_from_segment_ids(ids)
-    kept = [n for n in counts if n]  # an empty document leaves no trace among ids
+    nonempty = [n for n in counts if n]  # an empty document leaves no trace among the ids
     assert back.cu_seqlens.dtype == torch.int32
-    assert torch.equal(back.cu_seqlens, cumulative(kept))
-    assert back.max_seqlen == max(kept, default=0)
+    assert torch.equal(back.cu_seqlens, cumulative(nonempty))
+    assert back.max_seqlen == max(nonempty, default=0)
     assert back.indices.tolist() == list(range(total))
     if not spare:
         assert torch.equal(segment_ids_from_cu_seqlens(cumulative(counts)), ids)
@@ -45,34 +45,34 @@ rows = st.lists(
 
 
 def documents(row: list[int]) -> list[list[int]]:
-    """Columns of each document of a row of segment ids, by hand."""
-    found: list[list[int]] = []
+    """The columns of each document in a row of segment ids, by a plain loop."""
+    columns: list[list[int]] = []
     last = None
     for column, segment in enumerate(row):
         if segment < 0:
             continue
         if segment != last:
-            found.append([])
-        found[-1].append(column)
+            columns.append([])
+        columns[-1].append(column)
         last = segment
-    return found
+    return columns
 
 
 @given(rows=rows)
 def test_rows_with_pads_anywhere(rows: list[list[int]]) -> None:
     expected = [(i, document) for i, row in enumerate(rows) for document in documents(row)]
-    found = cu_seqlens_from_segment_ids(torch.tensor(rows))
-    bounds = found.cu_seqlens.tolist()
+    packed = cu_seqlens_from_segment_ids(torch.tensor(rows))
+    bounds = packed.cu_seqlens.tolist()
     assert len(bounds) == len(expected) + 1
     for (i, columns), first, last in zip(expected, bounds, bounds[1:], strict=False):
-        assert found.indices[first:last].tolist() == [9 * i + column for column in columns]
-    assert found.max_seqlen == max((len(columns) for _, columns in expected), default=0)
+        assert packed.indices[first:last].tolist() == [9 * i + column for column in columns]
+    assert packed.max_seqlen == max((len(columns) for _, columns in expected), default=0)
 
     positions = position_ids_from_segment_ids(torch.tensor(rows)).tolist()
     by_hand = [[0] * 9 for _ in rows]
     for i, columns in expected:
-        for place, column in enumerate(columns):
-            by_hand[i][column] = place
+        for position, column in enumerate(columns):
+            by_hand[i][column] = position
     assert positions == by_hand
 
 
@@ -85,11 +85,11 @@ def test_positions_there_and_back(counts: list[int], first: int) -> None:
     ids = segment_ids_from_cu_seqlens(cumulative(counts))
     positions = position_ids_from_segment_ids(ids)
     assert positions.tolist() == [[i for n in counts for i in range(n)]]
-    # Where positions begin is free: RoBERTa's begin with 2. Documents of one token stay apart.
+    # Positions may start anywhere (RoBERTa's start with 2). Documents of one token stay separate.
     assert torch.equal(segment_ids_from_position_ids(positions + first), ids)
 
 
-def test_positions_go_on_with_the_held_segment() -> None:
+def test_positions_continue_the_held_segment() -> None:
     positions = torch.tensor([[4, 5, 0, 1], [0, 1, 2, 0], [0, 1, 2, 3]])
     ids = segment_ids_from_position_ids(positions, torch.tensor([2, 2, -1]))
     assert ids.tolist() == [[2, 2, 3, 3], [3, 3, 3, 4], [0, 0, 0, 0]]
@@ -113,8 +113,8 @@ def test_a_row_of_documents_equals_each_alone(case: str) -> None:
         torch.testing.assert_close(part, layer(alone[None])[0][0])
 
 
-def test_rows_as_one_long_row_and_back() -> None:
-    """What a user of a variable-length kernel does with `indices`."""
+def test_packing_a_batch_into_one_row_and_back() -> None:
+    """The use of `indices` with a variable-length kernel."""
     layer = small_layer("dpassm")
     ids = torch.tensor([[-1, -1, 0, 0, 0], [0, 0, 1, 1, -1]])
     x = torch.randn(2, 5, 16, dtype=torch.float64)
@@ -135,10 +135,10 @@ def test_compiles_without_a_break() -> None:
 @pytest.mark.parametrize(
     ("cu_seqlens", "length", "message"),
     [
-        ([], None, "expected at least its first 0"),
-        ([1, 3], None, r"begin with 0, never fall, got \[1, 3\]"),
-        ([0, 3, 2], None, r"never fall, got \[0, 3, 2\].*cumulative sum of the lengths"),
-        ([0, 3], 2, "stay within 2"),
+        ([], None, "expected at least one element, 0, got an empty tensor"),
+        ([1, 3], None, r"non-decreasing integers starting with 0, got \[1, 3\]"),
+        ([0, 3, 2], None, r"starting with 0, got \[0, 3, 2\].*cumulative sum of the document"),
+        ([0, 3], 2, "at most the row's length, 2"),
         ([[0, 3]], None, r"expected \[n \+ 1\]"),
     ],
 )

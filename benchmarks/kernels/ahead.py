@@ -1,7 +1,8 @@
-"""Kernels compiled for GPUs that are not there: the launch is the real one, and nothing runs.
+"""Compile the kernels for GPUs that this machine does not have, through the real launchers.
 
-Inside `compiled_for(target)` a launcher that is called with tensors on the meta device compiles
-each kernel exactly as it would on that GPU, specialisation included; `Compiled` says what came out.
+Inside `compiled_for(target)`, a launcher called with tensors on the meta device compiles each
+kernel exactly as it would on that GPU, specialisation included, and runs nothing. The results are
+`Compiled`: registers, spills, shared memory, and the instructions of the whole and of hot loops.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ class Compiled(NamedTuple):
     """One kernel on one target.
 
     Attributes:
-        name: of the kernel.
-        registers: of a thread.
-        spills: instructions or registers that go to local memory.
-        shared: bytes of shared memory of a program.
-        warps: of a program.
-        instructions: names of all machine instructions, in order.
-        loops: those of each innermost loop that multiplies matrices, or all if none does.
+        name: the kernel's name.
+        registers: registers per thread.
+        spills: instructions that access local memory; on AMD, spilled registers and their bytes.
+        shared: bytes of shared memory per program.
+        warps: warps per program.
+        instructions: the names of all machine instructions, in order.
+        loops: the instructions of each innermost loop with matrix products; if no loop has any, but
+            the kernel does, all its instructions.
         constants: the kernel's compile-time arguments by name.
     """
 
@@ -65,14 +67,16 @@ def count(instructions: list[str], pattern: str) -> int:
     return sum(bool(re.match(pattern, name)) for name in instructions)
 
 
-# Tensor cores of sm_80 and sm_89, of sm_90 and of sm_100, and AMD's.
+# Instructions of the tensor cores of sm_80 and sm_89, of sm_90, of sm_100, and of AMD's.
 MATRIX_PRODUCTS = r"HMMA|HGMMA|UTC\w*MMA|DMMA|v_mfma"
 
 
 def _hot_loops(names: list[str], jumps: list[tuple[int, int]]) -> list[list[str]]:
-    """Bodies between a jump backwards and where it leads, if no other one lies inside.
+    """The instructions of each innermost loop with matrix products; see `Compiled.loops`.
 
-    Of a kernel that multiplies matrices in none of them, the whole.
+    Args:
+        names: of all instructions.
+        jumps: places of jumps, and the places to which they lead. A loop ends with a jump back.
     """
     spans = [(to, at) for at, to in jumps if to <= at]
     inner = [
@@ -86,27 +90,27 @@ def _hot_loops(names: list[str], jumps: list[tuple[int, int]]) -> list[list[str]
 
 
 def matrix_flops(instructions: list[str], warps: int) -> int:
-    """Operations of a program's matrix products; sm_100's instructions do not tell their shapes."""
+    """Operations of a program's matrix products; 0 on sm_100, whose instructions hide sizes."""
     total = 0
     for name in instructions:
         if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
-            total += 2 * math.prod(map(int, match.groups())) * (warps // 4)  # by four warps
+            total += 2 * math.prod(map(int, match.groups())) * (warps // 4)  # four warps share one
         elif match := re.match(r"HMMA\.(\d\d)(\d)(\d+)\.|v_mfma_f32_(\d+)x(\d+)x(\d+)", name):
             total += 2 * math.prod(int(n) for n in match.groups() if n) * warps
     return total
 
 
-def loop_lengths(found: list[Compiled]) -> dict[str, list[int]]:
-    """Instructions of each hot loop, by the place and the name of its kernel."""
+def loop_lengths(kernels: list[Compiled]) -> dict[str, list[int]]:
+    """The number of instructions of each hot loop, by place and name of the kernel."""
     return {
         f"{place} {kernel.name}": [len(loop) for loop in kernel.loops]
-        for place, kernel in enumerate(found)
+        for place, kernel in enumerate(kernels)
         if kernel.loops
     }
 
 
 class _Driver:
-    """As much of a GPU's driver as compiling asks for."""
+    """The part of a GPU driver that the compiler asks."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -135,7 +139,8 @@ def _nvidia(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
 
         usage, listing = tool("cuobjdump", "-res-usage"), tool("cuobjdump", "-sass")
     line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+?)((?:\s[^;]*)?);")
-    addresses, names, operands = zip(*line.findall(listing), strict=True)
+    lines = line.findall(listing)
+    addresses, names, operands = (list(column) for column in zip(*lines, strict=True))
     places = {int(address, 16): n for n, address in enumerate(addresses)}
     jumps = [
         (n, places[int(match[1], 16)])
@@ -143,10 +148,15 @@ def _nvidia(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
         if opcode.startswith("BRA") and (match := re.search(r"(0x[0-9a-f]+)\s*$", rest))
     ]
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    spills, metadata = count(names, "LDL|STL"), kernel.metadata
-    loops = _hot_loops(list(names), jumps)
     return Compiled(
-        name, registers, spills, metadata.shared, metadata.num_warps, list(names), loops, constants
+        name=name,
+        registers=registers,
+        spills=count(names, "LDL|STL"),
+        shared=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        instructions=names,
+        loops=_hot_loops(names, jumps),
+        constants=constants,
     )
 
 
@@ -166,25 +176,23 @@ def _amd(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
             names.append(match[1])
             if match[1].startswith(("s_cbranch", "s_branch")) and match[2] in labels:
                 jumps.append((len(names) - 1, labels[match[2]]))
-    # Scalar registers spill to lanes of vector ones, not to memory.
-    spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    metadata, loops = kernel.metadata, _hot_loops(names, jumps)
+    # Scalar registers spill to lanes of vector registers, not to memory: they do not count.
     return Compiled(
-        name,
-        number("vgpr_count"),
-        spills,
-        metadata.shared,
-        metadata.num_warps,
-        names,
-        loops,
-        constants,
+        name=name,
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        shared=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        instructions=names,
+        loops=_hot_loops(names, jumps),
+        constants=constants,
     )
 
 
 @contextmanager
 def compiled_for(target: str) -> Iterator[list[Compiled]]:
-    """Collect what every launch inside the block compiles to on this one of `TARGETS`."""
-    found: list[Compiled] = []
+    """Compile every launch inside the block for one of `TARGETS`; yields the list of results."""
+    kernels: list[Compiled] = []
     read = _amd if target.startswith("gfx") else _nvidia
 
     def launch(kernel: JITFunction, grid: Any) -> Any:
@@ -192,7 +200,7 @@ def compiled_for(target: str) -> Iterator[list[Compiled]]:
             kernel.device_caches.clear()
             compiled = kernel.warmup(*args, grid=grid, **kwargs)
             constants = {kernel.arg_names[at[0]]: x for at, x in compiled.src.constants.items()}
-            found.append(read(kernel.__name__, compiled, constants))
+            kernels.append(read(kernel.__name__, compiled, constants))
 
         return compile_only
 
@@ -200,6 +208,6 @@ def compiled_for(target: str) -> Iterator[list[Compiled]]:
     driver.set_active(_Driver(TARGETS[target]))
     try:
         with patch.object(KernelInterface, "__getitem__", launch):
-            yield found
+            yield kernels
     finally:
         driver._active = active

@@ -1,7 +1,7 @@
-"""FlexAttention's kernel as torch would generate it for a window, to stand beside ours.
+"""FlexAttention's kernel as torch would generate it for a window, to compare with ours.
 
-The template's text and its configuration are those of the installed torch; what inductor would fill
-in (sizes, strides, the mask, the store) is filled in here, since inductor itself asks for a GPU.
+The template and its configuration are those of the installed torch. Sizes, strides, the mask and
+the store, which inductor would fill in, are filled in here, since inductor needs a GPU.
 """
 
 from __future__ import annotations
@@ -19,14 +19,23 @@ from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 
 from benchmarks.kernels.launches import BATCH, HEADS, LENGTH, empty
 
-ARGUMENTS = (
-    "Q", "K", "V", "LSE", "MAX", "KV_NUM_BLKS", "KV_IDX", "FULL_KV_NUM_BLKS", "FULL_KV_IDX", "OUT",
-)  # fmt: skip
+ARGUMENTS = [
+    "Q",
+    "K",
+    "V",
+    "LSE",
+    "MAX",
+    "KV_NUM_BLKS",
+    "KV_IDX",
+    "FULL_KV_NUM_BLKS",
+    "FULL_KV_IDX",
+    "OUT",
+]
 SPARSE_BLOCK = 128
 
 
 def source(window: int, head_dim: int, config: Any) -> str:
-    """The module of the kernel `flex_attention` and its helpers."""
+    """The text of a module with the kernel `flex_attention` and its helpers."""
     folder = Path(flex.__file__).parent / "templates"
     names = ("flex_attention", "utilities", "common")
     text = "\n".join((folder / f"{name}.py.jinja").read_text() for name in names)
@@ -35,15 +44,28 @@ def source(window: int, head_dim: int, config: Any) -> str:
     for full in ("", "FULL_"):
         shapes |= {f"{full}KV_NUM_BLKS": (1, 1, blocks), f"{full}KV_IDX": (1, 1, blocks, blocks)}
     constants = {
-        "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
-        "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False, "FLOAT32_PRECISION": "'ieee'",
-        "IS_DIVISIBLE": True, "SM_SCALE": head_dim**-0.5, "GQA_SHARED_HEADS": 1,
-        "HAS_FULL_BLOCKS": True, "QK_HEAD_DIM": head_dim, "QK_HEAD_DIM_ROUNDED": head_dim,
-        "V_HEAD_DIM": head_dim, "V_HEAD_DIM_ROUNDED": head_dim, "SAFE_HEAD_DIM": True,
-        "USE_TMA": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "SPARSE_Q_BLOCK_SIZE": SPARSE_BLOCK, "SPARSE_KV_BLOCK_SIZE": SPARSE_BLOCK,
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "OUTPUT_LOGSUMEXP": True,
+        "OUTPUT_MAX": False,
+        "FLOAT32_PRECISION": "'ieee'",
+        "IS_DIVISIBLE": True,
+        "SM_SCALE": head_dim**-0.5,
+        "GQA_SHARED_HEADS": 1,
+        "HAS_FULL_BLOCKS": True,
+        "QK_HEAD_DIM": head_dim,
+        "QK_HEAD_DIM_ROUNDED": head_dim,
+        "V_HEAD_DIM": head_dim,
+        "V_HEAD_DIM_ROUNDED": head_dim,
+        "SAFE_HEAD_DIM": True,
+        "USE_TMA": False,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "SPARSE_Q_BLOCK_SIZE": SPARSE_BLOCK,
+        "SPARSE_KV_BLOCK_SIZE": SPARSE_BLOCK,
         "INDEX_DTYPE": "tl.int32",
-    }  # fmt: skip
+    }
     defines = "\n".join(f"{name} : tl.constexpr = {value}" for name, value in constants.items())
 
     def stride(name: str, dim: int | None = None) -> str:
@@ -52,8 +74,9 @@ def source(window: int, head_dim: int, config: Any) -> str:
         return str(tuple(strides)) if dim is None else str(strides[dim])
 
     def modification(subgraph_number: int, output_name: str, **_: Any) -> str:
-        rules = "qk", f"(n <= m) & (m - n < {window})"
-        return f"{output_name} = ({rules[subgraph_number]})"
+        score = "qk"  # unchanged
+        mask = f"(n <= m) & (m - n < {window})"
+        return f"{output_name} = ({(score, mask)[subgraph_number]})"
 
     def store_output(indices: tuple[str, ...], value: str, mask: str, **_: Any) -> str:
         steps = torch.Size(shapes["Q"]).numel() // BATCH, LENGTH * head_dim, head_dim, 1
@@ -84,12 +107,12 @@ def source(window: int, head_dim: int, config: Any) -> str:
 
 
 def configuration(head_dim: int) -> Any:
-    """What torch takes on an H100."""
+    """The configuration that torch chooses on an H100."""
     return CUDAConfigHeuristic().h100_default_flex_config[torch.bfloat16, head_dim]
 
 
 def window_attention(head_dim: int, window: int = 128) -> None:
-    """Launch it for sm_90; see `launches`."""
+    """Launch FlexAttention's kernel, inside `compiled_for("sm_90")`."""
     config = configuration(head_dim)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flex_attention.py"
@@ -101,7 +124,6 @@ def window_attention(head_dim: int, window: int = 128) -> None:
         x = empty(BATCH, HEADS, LENGTH, head_dim)
         rows = empty(BATCH, HEADS, LENGTH, dtype=torch.float32)
         mask = empty(LENGTH, dtype=torch.int32)
-        module.flex_attention[(1,)](
-            x, x, x, rows, rows, mask, mask, mask, mask, x,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        arguments = (x, x, x, rows, rows, mask, mask, mask, mask, x)
+        launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        module.flex_attention[(1,)](*arguments, **launch)

@@ -1,10 +1,9 @@
-"""Triton's interpreter, made trustworthy: what it gets silently wrong is repaired or checked.
+"""Triton's interpreter with its silent errors repaired, and with more checks.
 
-Inside `interpreted()` every `@triton.jit` kernel runs on CPU tensors, in numpy. Repaired: bf16
+Inside `interpreted()`, every `@triton.jit` kernel runs on CPU tensors, in numpy. Repaired are bf16
 arithmetic, which the interpreter does on bit patterns, rounding to bf16, which it truncates, and
-the type of comparisons.
-Added: every load and store must lie inside one of the kernel's tensors, programs run in a shuffled
-order, and tensors from `torch.empty` hold NaN.
+the type of comparisons. In addition, every load and store must lie inside one of the kernel's
+tensors, programs run in a random order, and tensors from `torch.empty` hold NaN.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class OutOfBoundsError(AssertionError):
 
 
 def widened(x: TensorHandle) -> np.ndarray:
-    """The numbers behind a handle: those of bf16 are stored as 16-bit patterns."""
+    """The numbers that a handle stands for: bf16 is stored as 16-bit patterns."""
     if x.dtype.scalar == tl.bfloat16:
         return (x.data.astype(np.uint32) << 16).view(np.float32)
     return x.data
@@ -52,7 +51,7 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass
 class Traffic:
-    """What kernels did: bytes loaded and stored, and operations of their matrix products."""
+    """Bytes that kernels loaded and stored, and operations of their matrix products."""
 
     loaded: int = 0
     stored: int = 0
@@ -60,7 +59,7 @@ class Traffic:
 
 
 class _Memory:
-    """Where the running kernel's tensors lie, and what passes to and from them."""
+    """The addresses of the running kernel's tensors, and the traffic to and from them."""
 
     def __init__(self) -> None:
         self.regions: list[tuple[int, int, str]] = []
@@ -95,7 +94,7 @@ class _Memory:
 
 
 def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Any]]:
-    """What to replace: owner, attribute, and the new value."""
+    """What to replace: the owner, its attribute, and the new value."""
     builder = InterpreterBuilder
     functions: dict[Any, InterpretedFunction] = {}
     prepared: set[str] = set()
@@ -109,8 +108,8 @@ def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Any
         return function(self).run(*args, grid=grid, warmup=warmup, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The interpreter patches the language at each call; once in a launch is enough for the
-        # functions of a module.
+        # The interpreter patches the language at each call. For the functions of one module, once
+        # per launch is enough.
         device_function = function(self)
         if self.fn.__module__ in prepared:
             return device_function.rewrite()(*args, **kwargs)
@@ -119,7 +118,7 @@ def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Any
 
     yield JITFunction, "run", run
     yield JITFunction, "__call__", call
-    # These checks end in an assertion that the interpreter leaves out.
+    # These overflow checks end in an assertion that the interpreter does not run.
     options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
     yield interpreter_builder, "options", options
 
@@ -179,9 +178,8 @@ def _patches(memory: _Memory, order: int | None) -> Iterator[tuple[Any, str, Any
     grid: dict[str, Any] = {}
 
     def set_grid_dim(self: Any, *sizes: int) -> None:
-        places = itertools.product(*(range(n) for n in sizes))
+        places = list(itertools.product(*(range(n) for n in sizes)))
         shuffled = np.random.default_rng(order).permutation(math.prod(sizes))
-        places = list(places)
         grid["next"] = iter([places[n] for n in shuffled])
         set_dim(self, *sizes)
 
@@ -194,7 +192,7 @@ def interpreted(order: int | None = 0) -> Iterator[Traffic]:
     """Interpret every kernel inside the block; its module must have been imported before.
 
     Args:
-        order: seed of the order of programs; None for the usual one.
+        order: seed for a random order of programs; None for the usual order.
     """
     memory = _Memory()
     attributes = [(owner, dict(vars(owner))) for owner in LEAKY]
@@ -212,7 +210,7 @@ def interpreted(order: int | None = 0) -> Iterator[Traffic]:
         finally:
             torch.use_deterministic_algorithms(strict)
             torch.utils.deterministic.fill_uninitialized_memory = filled
-            for owner, before in attributes:  # the interpreter patches the language and leaves it
+            for owner, before in attributes:  # undo how the interpreter patched the language
                 for name in set(vars(owner)) - set(before):
                     delattr(owner, name)
                 for name, value in before.items():
@@ -222,9 +220,9 @@ def interpreted(order: int | None = 0) -> Iterator[Traffic]:
 
 @contextmanager
 def last_programs(count: int) -> Iterator[list[tuple[int, ...]]]:
-    """Inside `interpreted(None)`: run only the last programs of each grid along x.
+    """Inside `interpreted(None)`, run only the last programs of each grid.
 
-    Tensors may then be larger than the memory: pages that nothing touches cost nothing.
+    Tensors may then be larger than the memory, since pages that nothing touches take none.
 
     Yields:
         The grid of each launch.

@@ -1,7 +1,7 @@
-"""Launches on the meta device, with the shapes of real models: what is compiled ahead of time.
+"""Launches with the shapes of real models on the meta device, to be compiled ahead of time.
 
-Each function calls an operation's launchers, forward and backward; inside
-`ahead.compiled_for(target)` that compiles every kernel they start.
+Each function calls an operation's launchers, forward and backward. Inside
+`ahead.compiled_for(target)`, this compiles every kernel that they start.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sparse_attention(
     length: int = LENGTH,
     backward: bool = True,
 ) -> None:
-    """All patterns are one kernel; far keys add a loop. A length of 1 decodes."""
+    """One kernel serves all patterns; far keys add a loop. A length of 1 is a step of decoding."""
     q = empty(BATCH, length, HEADS, head_dim, dtype=dtype).transpose(1, 2)
     k = empty(BATCH, LENGTH, groups, head_dim, dtype=dtype).transpose(1, 2)
     distant: tuple[Tensor | None, ...] = (None, None, None, None)
@@ -54,7 +54,7 @@ def sparse_attention(
 
 
 def diagonal_scan(invariant: bool, packed: bool) -> None:
-    """The state of a diagonal layer."""
+    """The recurrence of a diagonal state space; invariant decays are the same for all tokens."""
     u = empty(BATCH, LENGTH, 64)
     decay = empty(64, dtype=torch.float32)
     if not invariant:
@@ -67,7 +67,7 @@ def diagonal_scan(invariant: bool, packed: bool) -> None:
 
 
 def norms(head_dim: int) -> None:
-    """The gate with both path norms."""
+    """The gate and the norms of both paths."""
     paths = [empty(BATCH, LENGTH, HEADS, head_dim) for _ in range(3)]
     weights = [empty(HEADS, head_dim, dtype=torch.float32) for _ in range(2)]
     y = gated_norms.forward(*paths, *weights, 1e-5)
@@ -93,7 +93,8 @@ def state_space(
     length: int = LENGTH,
 ) -> None:
     """`ssd`, or (pending) `block_ssd`; x, B and C are views of one tensor, as in the layers."""
-    inner, precise = HEADS * head_dim, torch.promote_types(dtype, torch.float32)
+    inner = HEADS * head_dim
+    precise = torch.promote_types(dtype, torch.float32)
     mixed = empty(BATCH, length, inner + 2 * directions, dtype=dtype)
     x, B, C = mixed.split([inner, directions, directions], dim=-1)
     x = x.unflatten(-1, (HEADS, head_dim))
@@ -107,7 +108,7 @@ def state_space(
         ssd_backward.backward(y, final, *call)
 
 
-# Matrix products of a tile of rows with one of keys.
+# Matrix products that a tile of rows and a tile of keys need, by kernel.
 TILE_PRODUCTS = {"_forward": 2, "_queries": 3, "_keys": 4}
 
 
@@ -117,25 +118,24 @@ def no_products(constants: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def attention_products(constants: dict[str, Any]) -> dict[str, list[float]]:
-    """Operations that a turn of each hot loop needs, by kernel, from its constants."""
+    """Operations that an iteration of each hot loop needs, by kernel, from its constants."""
     if "KEYS" not in constants:
         return {}
     tile = 2 * constants["ROWS"] * constants["KEYS"] * constants["HEAD"]
-    found = {name: [count * tile] * 2 for name, count in TILE_PRODUCTS.items()}
+    needed = {name: [count * tile] * 2 for name, count in TILE_PRODUCTS.items()}
     if constants.get("FAR"):
-        found["_forward"].insert(
-            0, 4 * constants["ROWS"] * constants["FAR_KEYS"] * constants["HEAD"]
-        )
-    return found
+        far = 4 * constants["ROWS"] * constants["FAR_KEYS"] * constants["HEAD"]
+        needed["_forward"].insert(0, far)
+    return needed
 
 
 def state_space_products(dtype: torch.dtype, constants: dict[str, Any]) -> dict[str, list[float]]:
-    """The same for `ssd` and `block_ssd`; a float32 that meets a bfloat16 is three of those."""
+    """The same for `ssd` and `block_ssd`. A product of float32 and bf16 is three bf16 products."""
     if not {"TOKENS", "COLUMNS"} <= constants.keys():
         return {}
     tokens, rows, columns = (constants[name] for name in ("TOKENS", "ROWS", "COLUMNS"))
     parts = 3 if dtype == torch.bfloat16 else 1
-    among = 2 * tokens * tokens  # tokens with tokens, for each of what they are vectors of
+    among = 2 * tokens * tokens  # tokens with tokens, for each column of their vectors
     states = 2 * tokens * rows * columns * (2 if constants["PENDING"] else 1)
     return {
         "_states": [parts * states],
@@ -146,7 +146,7 @@ def state_space_products(dtype: torch.dtype, constants: dict[str, Any]) -> dict[
 
 
 class Launch(NamedTuple):
-    """A launch of `docs/kernels.md`; the fast ones are held against the baseline in every test."""
+    """A row of the tables; every test run compares the hot loops of fast ones with the baseline."""
 
     label: str
     run: Callable[[], None]
@@ -170,12 +170,12 @@ REPRESENTATIVE = [
     _attention("head_dim 64", 64),
     _attention("head_dim 64, far keys", 64, far=True, fast=True),
     _attention("head_dim 128", 128),
-    _attention("head_dim 128, 4 heads a key head, far keys", 128, groups=3, far=True),
+    _attention("head_dim 128, 4 query heads per key head, far keys", 128, groups=3, far=True),
     _attention("head_dim 256", 256),
     _attention("head_dim 64, float32", 64, torch.float32),
     _attention("head_dim 128, float32", 128, torch.float32),
-    _attention("one token, head_dim 64, 6 heads a key head", 64, groups=2, length=1),
-    _attention("one token, head_dim 128, 6 heads a key head", 128, groups=2, length=1),
+    _attention("one token, head_dim 64, 6 query heads per key head", 64, groups=2, length=1),
+    _attention("one token, head_dim 128, 6 query heads per key head", 128, groups=2, length=1),
     _state_space("ssd, P 64, N 64", 64),
     _state_space("ssd, P 64, N 64, packed", 64, packed=True, fast=True),
     _state_space("ssd, P 64, N 128, packed", 128, packed=True),
@@ -195,8 +195,10 @@ BASELINE = Path(__file__).with_name("baseline.json")
 class Traffic(NamedTuple):
     """A small call on the CPU, whose bytes and operations the interpreter counts.
 
-    `make` returns the call, the bytes of all tensors that it must read or write, and the operations
-    of matrix products that its result needs.
+    Attributes:
+        label: its name in the table.
+        make: returns the call, the bytes of all tensors that it has to read or write, and the
+            operations of the matrix products that its result needs.
     """
 
     label: str
@@ -230,7 +232,7 @@ def attention_traffic(window: int | None, backward: bool) -> tuple[Callable[[], 
 
 
 def norms_traffic() -> tuple[Callable[[], Any], int, int]:
-    """Four paths of 512 tokens, two heads of 64."""
+    """512 tokens, two heads of 64."""
     paths = [torch.randn(1, 512, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
     weights = [torch.ones(2, 64) for _ in range(2)]
     run = partial(gated_norms.forward, *paths, *weights, 1e-5)
@@ -239,23 +241,27 @@ def norms_traffic() -> tuple[Callable[[], Any], int, int]:
 
 def convolution_traffic() -> tuple[Callable[[], Any], int, int]:
     """512 tokens of 128 channels."""
-    x, weight = torch.randn(1, 512, 128, dtype=torch.bfloat16), torch.ones(128, 4)
+    x = torch.randn(1, 512, 128, dtype=torch.bfloat16)
+    weight = torch.ones(128, 4)
     return partial(conv_silu.forward, x, weight), _bytes(x, x, weight), 0
 
 
 def diagonal_traffic() -> tuple[Callable[[], Any], int, int]:
     """512 tokens of 64 channels, with a constant decay."""
-    u, decay, state = torch.randn(1, 512, 64), torch.rand(64), torch.zeros(1, 64)
+    u = torch.randn(1, 512, 64)
+    decay = torch.rand(64)
+    state = torch.zeros(1, 64)
     return partial(diagonal.forward, u, decay, state), _bytes(u, u, decay, state, state), 0
 
 
 def state_space_traffic(backward: bool) -> tuple[Callable[[], Any], int, int]:
-    """1024 tokens, two heads of 64; the least products are those of the recurrence."""
+    """1024 tokens, two heads of 64, 64 states; the recurrence needs the fewest operations."""
     length, heads, dim, directions = 1024, 2, 64, 64
     x = torch.randn(1, length, heads, dim, dtype=torch.bfloat16)
     B, C = (torch.randn(1, length, directions, dtype=torch.bfloat16) for _ in range(2))
     dt = torch.rand(1, length, heads)
-    log_decay, state = -dt.double(), torch.zeros(1, 1, heads, dim, directions)
+    log_decay = -dt.double()
+    state = torch.zeros(1, 1, heads, dim, directions)
     call = x, dt, log_decay, B, C, state
     inputs = _bytes(*call)
     products = 4 * length * heads * dim * directions  # a write and a read

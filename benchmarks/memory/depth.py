@@ -1,4 +1,4 @@
-"""The proof of where a memory fails: by depth, and with the state that one layer had early on."""
+"""Where does a memory fail? Accuracy by depth, and with the early state of one layer restored."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from torch import Tensor
 from benchmarks.memory.plan import DISTANCE, TRAINED, Depths
 from longctx_layers import LongContextLM
 from longctx_layers.evals import Batch, Passkey, evaluate, memory, needle_grid, read
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 
 
 def depth_rows(run: Depths, model: LongContextLM) -> dict[str, Any]:
-    """Accuracy by where the value was told; told first, also with a state exchanged, and with
-    noise before it.
+    """Accuracy by the position of the value.
+
+    For a value at the beginning, also with a state exchanged, and with noise before the value.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for depth, task in needle_grid(run.depths, Passkey(distance=DISTANCE)).items():
         score = evaluate(model, task, run.length, n=run.n, seed=2000 + run.seed, probe=False)
-        rows.append({"depth": depth, "accuracy": score.accuracy, "low": score.low,
-                     "high": score.high, "length": run.length})  # fmt: skip
+        rows.append(
+            {
+                "depth": depth,
+                "accuracy": score.accuracy,
+                "low": score.low,
+                "high": score.high,
+                "length": run.length,
+            }
+        )
     task = Passkey(distance=DISTANCE, depth=0.0)
     batch = task.draw(run.n, run.length, torch.Generator().manual_seed(3000 + run.seed))
     noise = batch.ids[:, task.told_length :][:, : run.before]
@@ -38,10 +46,10 @@ def depth_rows(run: Depths, model: LongContextLM) -> dict[str, Any]:
 
 @torch.no_grad()
 def with_early_memory(model: LongContextLM, batch: Batch, early: int) -> dict[str, float]:
-    """Accuracy as it is, and if a layer's recurrent state were still that of `early` tokens.
+    """Accuracy as it is, and if a layer's recurrent state were that after `early` tokens.
 
-    The state is exchanged once, `TRAINED` tokens before the question: of the first layer, which
-    takes in the noise as it comes, or of the last, which has the value.
+    The state is exchanged once, `TRAINED` tokens before the question: that of the first layer,
+    which takes in the noise, or that of the last layer, which holds the value.
     """
     cut = batch.asked - TRAINED
     young = read(model, batch.ids[:, :early])
@@ -58,7 +66,7 @@ def with_early_memory(model: LongContextLM, batch: Batch, early: int) -> dict[st
 
 @torch.no_grad()
 def with_noise_before(model: LongContextLM, batch: Batch, noise: Tensor) -> float:
-    """Accuracy if the value is not the very first thing that the model reads."""
+    """Accuracy if the model reads some noise before the value."""
     cut = batch.asked - TRAINED
     return _accuracy(model, batch, cut, read(model, torch.cat([noise, batch.ids[:, :cut]], 1)))
 

@@ -1,4 +1,4 @@
-"""The proof on real text: train at a short length, read a stream a hundred times as long."""
+"""Real text: train at a short length, read a stream that is a hundred times as long."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from benchmarks.memory.plan import BLOCKS, Drift
 from longctx_layers.data.module import LongContextData
 from longctx_layers.evals import drift, has_memory, reach, rotations, stream
 from longctx_layers.evals.program.streaming import part_of, text_of
-from longctx_layers.training.checkpoints import newest_checkpoint, read_checkpoint
+from longctx_layers.training.checkpoint_files import newest_checkpoint
+from longctx_layers.training.checkpoints import load_trained
 
 ROTATIONS = 4
-FORGOTTEN = 64  # tokens after which the probe empties the state, again and again
+FORGOTTEN = 64  # the probe clears the state whenever it has read so many tokens
 ROWS = 8
 
 
 def train(run: Drift, root: Path) -> Path:
-    """Train a tiny model of bytes with examples/train.py, or go on with it; its last checkpoint."""
+    """Train a tiny model of bytes, or continue its training; returns its last checkpoint."""
     block, options = BLOCKS[run.name]
     flags = {
         "seed_everything": run.seed,
@@ -55,13 +56,13 @@ def train(run: Drift, root: Path) -> Path:
 def drift_rows(run: Drift, logs: Path) -> dict[str, Any]:
     """Train, read held-out text as a stream, and measure the loss by position."""
     root = logs / f"drift-{run.name}-{run.seed}-{run.key}"
-    model, _ = read_checkpoint(train(run, root))
+    model = load_trained(train(run, root)).model
     data = LongContextData("stdlib", tokenizer="bytes")
     data.setup("fit")
     text = text_of(data, run.stream, ROTATIONS, seed=0)
     part = part_of(run.stream, ROTATIONS)
-    turned = rotations(text.ids, ROTATIONS, part)
-    ids = torch.cat([turned, turned[:, :1]], dim=1)
+    rotated = rotations(text.ids, ROTATIONS, part)
+    ids = torch.cat([rotated, rotated[:, :1]], dim=1)
     begin = time.perf_counter()
     read = stream(model, ids, piece=1024)
     seconds = time.perf_counter() - begin
@@ -75,7 +76,7 @@ def drift_rows(run: Drift, logs: Path) -> dict[str, Any]:
         "steps": run.steps,
         "trained_tokens": run.steps * ROWS * run.length,
         "training_length": run.length,
-        "stream_length": turned.shape[1],
+        "stream_length": rotated.shape[1],
         "rotations": ROTATIONS,
         "part": part,
         "by_position": [losses.mean().item() for losses in read.loss.split(part, 1)],
@@ -85,7 +86,7 @@ def drift_rows(run: Drift, logs: Path) -> dict[str, Any]:
         "zeroed_every": FORGOTTEN,
         "slope": slope._asdict(),
         "reach": reach(model),
-        "state_bytes": model.state_size(turned.shape[1]),
+        "state_bytes": model.state_size(rotated.shape[1]),
         "state_bytes_held": read.state_bytes,
-        "tokens_per_second": turned.numel() / seconds,
+        "tokens_per_second": rotated.numel() / seconds,
     }

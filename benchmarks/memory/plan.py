@@ -1,4 +1,4 @@
-"""What `make proofs` shows, as a list of small runs: what is trained, how, and what is asked."""
+"""The experiments of `make results` as a list of small runs: what is trained, how, and measured."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from longctx_layers.evals import CopyRecall, Mqar, Passkey, Task
-from longctx_layers.evals.program.options import doubling
+from longctx_layers.evals import TASKS, Mqar, Passkey, Task
 from longctx_layers.evals.program.rows import key_of
 from longctx_layers.evals.program.task_training import Recipe
+from longctx_layers.evals.scoring import doubling
 
 WINDOW = 16
-REACH = 2 * (WINDOW - 1)  # of the two layers of every model here
-DISTANCE = 8 * WINDOW  # between what is told and its question, where it is measured
+REACH = 2 * (WINDOW - 1)  # of the two layers of every model
+DISTANCE = 8 * WINDOW  # between a value and its question, in measurements
 TRAINED = 256
 FARTHEST = 128 * TRAINED
 PAIRS = (4, 8, 16, 32)
@@ -35,24 +35,37 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def _key(run: Run | Drift | Depths, **further: Any) -> str:
+    """A hash of all settings of a run, which says whether its stored result is up to date.
+
+    The keys of the committed results must not change: there an experiment is called a proof, and
+    training on easier sequences is only mentioned by the runs that have it.
+    """
+    settings = {**asdict(run), "proof": run.experiment, **further}
+    del settings["experiment"]
+    if settings.get("easier", ...) is None:
+        del settings["easier"]
+    return key_of(settings)
+
+
 @dataclass(frozen=True)
 class Run:
     """One model, trained on one task from one seed.
 
     Attributes:
-        proof: passkey, copy_recall or mqar.
-        name: of `BLOCKS`.
-        seed: of the weights, and of the sequences trained on.
+        experiment: passkey, copy_recall or mqar.
+        name: a key of `BLOCKS`.
+        seed: of the weights, and of the training sequences.
         recipe: how it is trained.
-        lengths: at which it is asked.
-        state_dim: of the state paths, where it is not that of `BLOCKS`.
-        easier: how it is trained on easier sequences before: full attention alone takes many
-            times as long to find out which token stood before which. Behind it the sequences ask
-            as they are measured: with more questions, the first one, close to the value, becomes
-            a relay for the others.
+        lengths: at which it is measured.
+        state_dim: of the state paths, if it differs from that in `BLOCKS`.
+        easier: how it is trained on easier sequences first, because full attention takes many
+            times as long to learn which token precedes which. After that, training sequences have
+            as many questions as in the measurement: with more, the first question, close to the
+            value, would serve as a copy of it for the others.
     """
 
-    proof: str
+    experiment: str
     name: str
     seed: int
     recipe: Recipe
@@ -67,7 +80,7 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the layer."""
+        """The options of the layer."""
         options = dict(BLOCKS[self.name][1])
         for name in ("ssm_state_dim", "state_dim"):
             if self.state_dim is not None and name in options:
@@ -77,16 +90,15 @@ class Run:
     @property
     def key(self) -> str:
         """Equal for equal runs."""
-        given = {k: v for k, v in asdict(self).items() if k != "easier" or v is not None}
-        return key_of({**given, "options": self.options, "distance": DISTANCE})
+        return _key(self, options=self.options, distance=DISTANCE)
 
     @property
     def steps(self) -> int:
-        """Of all stages."""
+        """Number of steps of all stages."""
         return sum(stage["recipe"].steps for stage in self.stages())
 
     def stages(self) -> list[dict[str, Any]]:
-        """What the training is called with, one time after the other."""
+        """The arguments of the consecutive trainings."""
         if self.easier is None:
             return [{"tasks": self.training_tasks(), "recipe": self.recipe}]
         return [
@@ -95,12 +107,12 @@ class Run:
         ]
 
     def training_tasks(self) -> list[Task]:
-        """Told a little beyond the reach, or further: it must not be seen by windows alone."""
+        """With distances just beyond the reach or larger, so that windows alone do not suffice."""
         return self._tasks(REACH + 1)
 
     def easier_tasks(self) -> list[Task]:
-        """Few pairs of few symbols, or a value told close to its questions."""
-        if self.proof != "mqar":
+        """Few pairs of few symbols, or a value close to its questions."""
+        if self.experiment != "mqar":
             return [Passkey(distance=8)]
         sizes = [(pairs, n) for pairs in (2, 4, 8) for n in (8, 16, 32, 64)]
         return [Mqar(pairs=pairs, n_symbols=n) for pairs, n in sizes]
@@ -110,22 +122,23 @@ class Run:
         return self._tasks(DISTANCE)
 
     def _tasks(self, distance: int) -> list[Task]:
-        if self.proof == "mqar":  # pairs and questions leave room for no more
+        if self.experiment == "mqar":  # pairs and questions leave no room for a larger distance
             return [Mqar(pairs=pairs, distance=REACH + 1) for pairs in PAIRS]
-        kind = {"passkey": Passkey, "copy_recall": CopyRecall}[self.proof]
-        return [kind(distance=distance)]
+        return [TASKS[self.experiment](distance=distance)]
 
 
 @dataclass(frozen=True)
 class Drift:
-    """One model of real text, trained by examples/train.py, and read over a long stream.
+    """One model of real text, trained by longctx_layers.training, that reads a long stream.
 
     Attributes:
-        name: of `BLOCKS`.
+        name: a key of `BLOCKS`.
         seed: of the weights and of the order of the text.
-        steps: of 8 rows of `length` bytes.
-        stream: tokens that are read afterwards.
-        anew: whether the state begins anew with each file in training. The stream never does.
+        steps: number of steps, each of 8 rows of `length` bytes.
+        length: number of bytes of a row.
+        stream: number of bytes that are read afterwards.
+        anew: whether the state is reset at the beginning of each file in training. In the stream
+            it never is.
     """
 
     name: str
@@ -134,24 +147,25 @@ class Drift:
     length: int = 512
     stream: int = 100_000
     anew: bool = False
-    proof: str = field(default="drift", init=False)
+    experiment: str = field(default="drift", init=False)
 
     @property
     def key(self) -> str:
         """Equal for equal runs."""
-        return key_of({**asdict(self), "options": BLOCKS[self.name][1]})
+        return _key(self, options=BLOCKS[self.name][1])
 
 
 @dataclass(frozen=True)
 class Depths:
-    """The model of a passkey run, asked in long sequences by where the value was told.
+    """The model of a passkey run, measured in long sequences by the position of the value.
 
     Attributes:
         name, seed: of the run.
         length: of the sequences.
-        n: how many at each of `depths` places.
-        early: tokens after which a layer's state is kept, to be put in again at the end.
-        before: tokens of noise put before a value that was told first.
+        n: number of sequences at each of `depths` positions.
+        depths: number of positions.
+        early: number of tokens after which a layer's state is saved, to be restored at the end.
+        before: number of noise tokens that are put before a value at the beginning.
     """
 
     name: str
@@ -161,16 +175,16 @@ class Depths:
     depths: int = 5
     early: int = 4 * TRAINED
     before: int = 2
-    proof: str = field(default="depths", init=False)
+    experiment: str = field(default="depths", init=False)
 
     @property
     def key(self) -> str:
         """Equal for equal runs."""
-        return key_of(asdict(self))
+        return _key(self)
 
 
 def plan(seeds: Sequence[int] = SEEDS) -> list[Run | Drift | Depths]:
-    """All runs, what matters most first, and everything from the first seed before the next."""
+    """All runs: every run of the first seed before the next seed, the most important first."""
     return [run for seed in seeds for run in _of_seed(seed)]
 
 

@@ -1,24 +1,22 @@
-"""Train small models on memory tasks, ask them far beyond that, and write down what came out.
+"""Train small models on memory tasks, and measure them far beyond the training length.
 
-    make proofs        (or: python -m benchmarks.memory.results --help)
+    make results        (or: python -m benchmarks.memory.results --help)
 
-Every run is one model from one seed. Its result is kept in OUTPUT_DIR/runs as soon as it is
-there, and the same command again does what is missing: an interruption costs one run. After each
-run the page is rewritten from the results that exist. That is runs/proofs/results.md; `--publish`
-continues the committed results in reports/proofs and rewrites docs/results.md.
+Every run is one model from one seed. Its result is stored in OUTPUT_DIR/runs at once, and the same
+command computes what is missing: an interruption costs one run. After each run the page is
+rewritten from the results that exist. It is runs/proofs/results.md; `--publish` continues the
+committed results in reports/proofs and rewrites docs/results.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.memory.depth import depth_rows
@@ -26,23 +24,26 @@ from benchmarks.memory.drift import drift_rows
 from benchmarks.memory.plan import BLOCKS, SEEDS, Depths, Drift, Run, plan
 from benchmarks.memory.report import write_report
 from longctx_layers import LongContextLM
-from longctx_layers.evals import Mqar, evaluate
+from longctx_layers.command_line import Parser, add_output
+from longctx_layers.evals import Mqar, Task, evaluate
 from longctx_layers.evals.program.models import build
 from longctx_layers.evals.program.task_training import train
 from longctx_layers.files import write
-from longctx_layers.reports.files import add_output
+from longctx_layers.info import machine
 
-TOKENS, MOST, FEWEST = 262_144, 256, 32
-PAGE = Path("docs/results.md")  # the committed one
+TOKENS = 262_144  # of a measurement, within bounds on the number of sequences
+MOST_SEQUENCES = 256
+FEWEST_SEQUENCES = 32
+EXPERIMENTS = ("passkey", "depths", "copy_recall", "mqar", "drift")
+PAGE = Path("docs/results.md")  # the committed page
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    proofs = ("passkey", "depths", "copy_recall", "mqar", "drift")
-    parser.add_argument("--only", nargs="+", choices=proofs, default=proofs)
+    parser = Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     parser.add_argument("--names", nargs="+", choices=BLOCKS, default=tuple(BLOCKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--minutes", type=float, help="begin no run after that many minutes")
+    parser.add_argument("--minutes", type=float, help="start no run after this many minutes")
     add_output(parser, "--output_dir", "proofs")
     parser.add_argument(
         "--page",
@@ -61,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     begin = time.monotonic()
     for run in plan(args.seeds):
-        if run.proof not in args.only or run.name not in args.names:
+        if run.experiment not in args.only or run.name not in args.names:
             continue
         path = result_path(args.output_dir, run)
         if path.is_file() and json.loads(path.read_text())["key"] == run.key:
             continue
         if args.minutes is not None and time.monotonic() - begin > 60 * args.minutes:
-            print("The time is up; the same command goes on with what is missing.")
+            print("The time is up; the same command continues with what is missing.")
             break
         result = carry_out(run, args.logs)
         write(path, json.dumps(result, indent=1) + "\n")
@@ -77,24 +78,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def result_path(folder: Path, run: Run | Drift | Depths) -> Path:
-    """Where the result of a run is kept."""
+    """The file of a run's result."""
     name = run.name.replace(", ", "-").replace(" ", "-")
     if isinstance(run, Run) and run.state_dim:
         name += f"-n{run.state_dim}"
     if isinstance(run, Drift) and run.anew:
         name += "-anew"
-    return folder / "runs" / f"{run.proof}-{name}-{run.seed}.json"
+    return folder / "runs" / f"{run.experiment}-{name}-{run.seed}.json"
 
 
 def carry_out(run: Run | Drift | Depths, logs: Path) -> dict[str, Any]:
-    """Train and measure; what comes back is all that the page needs."""
+    """Train and measure; the result is all that the page needs."""
     result: dict[str, Any] = {
-        "proof": run.proof,
+        "experiment": run.experiment,
         "name": run.name,
         "seed": run.seed,
         "key": run.key,
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
     }
     if isinstance(run, Drift):
         return {**result, **drift_rows(run, logs)}
@@ -104,7 +104,7 @@ def carry_out(run: Run | Drift | Depths, logs: Path) -> dict[str, Any]:
     model = build(run.block, run.options, seed=run.seed)
     trained = _train(run, model)
     model.save_pretrained(logs / result_path(Path(), run).stem)
-    rows = [row for task in run.tasks() for row in _ask(run, task, model)]
+    rows = [row for task in run.tasks() for row in _measure(run, task, model)]
     return {
         **result,
         "options": run.options,
@@ -117,13 +117,14 @@ def carry_out(run: Run | Drift | Depths, logs: Path) -> dict[str, Any]:
 
 
 def sequences(length: int) -> int:
-    """How many are asked at a length: as many as `TOKENS` make, within bounds."""
-    return min(MOST, max(FEWEST, TOKENS // length))
+    """Number of sequences to measure at a length."""
+    return min(MOST_SEQUENCES, max(FEWEST_SEQUENCES, TOKENS // length))
 
 
 def _train(run: Run, model: LongContextLM) -> dict[str, Any]:
-    label = f"{run.proof} {run.name}, seed {run.seed}"
-    curve, seconds = [], 0.0
+    label = f"{run.experiment} {run.name}, seed {run.seed}"
+    curve: list[tuple[int, float, float]] = []
+    seconds = 0.0
     with tqdm(total=run.steps, desc=label, unit="step", disable=None) as bar:
 
         def progress(_: int, loss: float, accuracy: float) -> None:
@@ -140,8 +141,9 @@ def _train(run: Run, model: LongContextLM) -> dict[str, Any]:
     return {**trained, "seconds": seconds, "curve": curve}
 
 
-def _ask(run: Run, task: Any, model: LongContextLM) -> list[dict[str, Any]]:
-    rows = []
+def _measure(run: Run, task: Task, model: LongContextLM) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    pairs = task.pairs if isinstance(task, Mqar) else None
     for length in run.lengths:
         begin = time.perf_counter()
         score = evaluate(model, task, length, n=sequences(length), seed=1000 + run.seed)
@@ -155,14 +157,14 @@ def _ask(run: Run, task: Any, model: LongContextLM) -> list[dict[str, Any]]:
                 "loss": score.loss,
                 "distance": task.distance,
                 "state_bytes": model.state_size(length),
-                **({"pairs": task.pairs} if isinstance(task, Mqar) else {}),
+                **({} if pairs is None else {"pairs": pairs}),
             }
         )
         zeroed = score.accuracy_state_zeroed
         print(
             f"  {task.name} {run.name} seed {run.seed} at {length}: {score.accuracy:.3f}"
             + ("" if zeroed is None else f", state zeroed {zeroed:.3f}")
-            + (f", {task.pairs} pairs" if isinstance(task, Mqar) else ""),
+            + ("" if pairs is None else f", {pairs} pairs"),
             flush=True,
         )
     return rows

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the shape of a run, cases, and the passes through them."""
+"""What all benchmarks share: shapes, one computation to time, and forward and backward passes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from longctx_layers.layers import layer_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LOCAL_OPTIONS = ("window_size", "chunk_size")
-
 
 class Shape(NamedTuple):
-    """Of all contenders in one run: width, heads, and the size of windows and chunks."""
+    """Width, number of heads, and window or chunk size of all layers in one run."""
 
     d_model: int = 768
     n_heads: int = 12
@@ -36,8 +37,19 @@ class Case(NamedTuple):
     upstream: tuple[Tensor, ...]
 
 
+def local_options(layer: str, size: int) -> dict[str, int]:
+    """The window or chunk size, under the name that this layer of the registry has for it."""
+    valid = layer_options(layer)
+    return {name: size for name in ("window_size", "chunk_size") if name in valid}
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors in the state of a layer or a model."""
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
 def forward(case: Case, bf16: bool = False) -> Callable[[], Any]:
-    """One pass without gradients, under autocast to bfloat16 if asked."""
+    """A forward pass without gradients, optionally under autocast to bfloat16."""
 
     def run() -> Any:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -47,7 +59,7 @@ def forward(case: Case, bf16: bool = False) -> Callable[[], Any]:
 
 
 def forward_backward(case: Case, bf16: bool = False) -> Callable[[], Any]:
-    """One pass and the gradients of all leaves."""
+    """A forward pass, and a backward pass to all leaves."""
 
     def run() -> None:
         for tensor in case.leaves:

@@ -1,62 +1,88 @@
-"""Every contender by its name: layers, their linear floors, peers, operations."""
+"""Everything that can be timed, by name: layers, their linear floors, peers, operations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.common import LOCAL_OPTIONS, Case, Shape
+from benchmarks.speed.common import Case, Shape, local_options, state_bytes
 from benchmarks.speed.operations import OPERATIONS, operation_case
 from benchmarks.speed.peers import PEERS
-from longctx_layers import build_layer
-from longctx_layers.layers import Layer, layer_options
+from longctx_layers import LAYERS, build_layer
+from longctx_layers.layers import Layer
 
 FLOOR = "linears of "
 COMPILED = ", compiled"
+PROBE = 64  # tokens of the call that counts what each projection takes
+
+
+def count_tokens(layer: nn.Module, x: Tensor) -> dict[str, int]:
+    """How many tokens each `nn.Linear` takes during `layer(x)`, by name in the order of calls."""
+    counts: dict[str, int] = {}
+
+    def count_for(name: str) -> Callable[..., None]:
+        def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            counts[name] = counts.get(name, 0) + inputs[0].shape[:-1].numel()
+
+        return count
+
+    linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    hooks = [linear.register_forward_pre_hook(count_for(n)) for n, linear in linears.items()]
+    with torch.no_grad():
+        layer(x)
+    for hook in hooks:
+        hook.remove()
+    return counts
 
 
 class LinearFloor(nn.Module):
-    """The linear projections of a layer and nothing else, which the layer can't be faster than.
+    """Only the linear projections of a layer, which cannot be faster than these.
 
-    They are the layer's own modules, each applied to as many tokens as in the layer. What the
-    query's projection has made goes through the output's, where the layer has both.
+    They are the layer's own modules, each applied to as many tokens as the layer applies it to:
+    all of them, or a fixed number, such as that of the global tokens. The output projection of an
+    attention layer takes the output of the query projection; all others take the layer's input.
     """
 
     def __init__(self, layer: Layer[Any]) -> None:
         super().__init__()
         self.layer = layer
-        self.linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        self.chained = {"q_proj", "o_proj"} <= set(self.linears)
+        counts = count_tokens(layer, torch.zeros(1, PROBE, layer.d_model))
+        self.fixed = {name: count for name, count in counts.items() if count != PROBE}
+        self.linears = {name: layer.get_submodule(name) for name in counts}
+        self.output = None
+        if {"q_proj", "o_proj"} <= self.linears.keys():
+            self.output = self.linears.pop("o_proj")
+
+    def tokens(self, name: str, length: int) -> int:
+        """To how many tokens of a sequence of that length the layer applies a projection."""
+        return self.fixed.get(name, length)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = [self.layer.o_proj(self.layer.q_proj(x))] if self.chained else []
-        for name, module in self.linears.items():
-            if self.chained and name in ("q_proj", "o_proj"):
-                continue
-            u = x[:, : self.rows(name, x.shape[1])]
-            if module.in_features != u.shape[2]:
-                u = u.new_zeros(*u.shape[:2], module.in_features)
-            y = module(u)
-            if torch.is_grad_enabled():
+        outputs: list[Tensor] = []
+        for name, linear in self.linears.items():
+            u = x[:, : self.tokens(name, x.shape[1])]
+            if linear.in_features != x.shape[2]:
+                u = u.new_zeros(*u.shape[:2], linear.in_features)
+            y = linear(u)
+            if name == "q_proj" and self.output is not None:
+                y = self.output(y)
+            if torch.is_grad_enabled() or not outputs:
                 outputs.append(y)
         return tuple(outputs)
 
-    def rows(self, name: str, length: int) -> int:
-        """To how many tokens the layer applies a projection."""
-        return self.layer.n_global_tokens if name.startswith("global_") else length
-
     def upstream(self, length: int) -> tuple[Tensor, ...]:
-        """Gradients of the outputs; all are views of one tensor, as their values don't matter."""
-        sizes = {n: (self.rows(n, length), m.out_features) for n, m in self.linears.items()}
-        values = torch.randn(max(rows * width for rows, width in sizes.values()))
-        order = list(sizes)
-        if self.chained:
-            order = ["o_proj", *(n for n in sizes if n not in ("q_proj", "o_proj"))]
-        return tuple(values[: sizes[n][0] * sizes[n][1]].view(1, *sizes[n]) for n in order)
+        """Gradients of the outputs; all are views of one tensor, since values do not matter."""
+        shapes = []
+        for name, linear in self.linears.items():
+            last = self.output if name == "q_proj" and self.output is not None else linear
+            shapes.append((1, self.tokens(name, length), last.out_features))
+        values = torch.randn(max(map(math.prod, shapes)))
+        return tuple(values[: math.prod(shape)].view(shape) for shape in shapes)
 
 
 @lru_cache(None)
@@ -68,19 +94,25 @@ def module(name: str, shape: Shape) -> nn.Module:
         return LinearFloor(module(name.removeprefix(FLOOR), shape))
     if name in PEERS:
         return PEERS[name].build(shape)
-    options = {key: shape.local for key in LOCAL_OPTIONS if key in layer_options(name)}
-    return build_layer(name, shape.d_model, shape.n_heads, **options)
+    return build_layer(name, shape.d_model, shape.n_heads, **local_options(name, shape.local))
+
+
+def floors(names: Iterable[str], shape: Shape) -> list[str]:
+    """The floors of those names that are layers of the registry and have linear projections."""
+    candidates = [FLOOR + name for name in names if name in LAYERS]
+    return [name for name in candidates if module(name, shape).linears]
 
 
 @lru_cache(8)
 def sequence(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
-    """The input of all modules, `[1, length, d_model]`, and the gradient that they get."""
-    x, upstream = (torch.randn(1, length, shape.d_model) for _ in range(2))
-    return x.requires_grad_(), upstream
+    """The input of all modules, `[1, length, d_model]`, and the gradient of their output."""
+    x = torch.randn(1, length, shape.d_model, requires_grad=True)
+    upstream = torch.randn(1, length, shape.d_model)
+    return x, upstream
 
 
 def case(name: str, shape: Shape, length: int) -> Case:
-    """A contender or an operation over a sequence of that length."""
+    """A module or an operation, applied to a sequence of that length."""
     if name in OPERATIONS:
         return operation_case(name, shape, length)
     contender = module(name, shape)
@@ -97,8 +129,9 @@ def case(name: str, shape: Shape, length: int) -> Case:
 
 
 def decode(name: str, shape: Shape, context: int) -> tuple[Callable[[], Any], int]:
-    """One token of a layer after `context` others, and the bytes of the state between them."""
-    layer, x = module(name, shape), sequence(shape, context)[0].detach()
+    """A layer's step of one token after `context` others, and the bytes of its state then."""
+    layer = module(name, shape)
+    x = sequence(shape, context)[0].detach()
     with torch.no_grad():
         _, state = layer(x)
 
@@ -106,4 +139,4 @@ def decode(name: str, shape: Shape, context: int) -> tuple[Callable[[], Any], in
         with torch.no_grad():
             layer(x[:, :1], state)
 
-    return run, sum(tensor.nbytes for tensor in state)
+    return run, state_bytes(state)

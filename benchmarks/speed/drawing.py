@@ -2,53 +2,80 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from typing import Any, NamedTuple
 
 from benchmarks.speed.common import RUNS
 from benchmarks.speed.measuring import slope
+from longctx_layers import LAYERS
+from longctx_layers.reports.figures import (
+    SERIES,
+    in_decades,
+    lengths_along,
+    new_panels,
+    png,
+    style_of,
+    tidy,
+)
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
-STYLES = ["-", "--", ":"]
-MARKERS = "osD^v<>P"
+OTHER_LINES = ("--", ":")
+
+
+class Axis(NamedTuple):
+    """What the y axis shows: a field of the rows, the unit that it is divided by, its label."""
+
+    key: str
+    unit: float
+    label: str
+
+
 AXES = {
-    "time": ("median", 1.0, "seconds"),
-    "memory": ("peak_bytes", 2.0**20, "peak memory (MiB)"),
+    "time": Axis("median", 1.0, "seconds"),
+    "memory": Axis("peak_bytes", 2.0**20, "peak memory (MiB)"),
 }
 
 
-def draw(rows: list[dict[str, Any]], what: str, path: Path) -> None:
-    """One panel a run, one line a contender; `what` is `"time"` or `"memory"`."""
-    key, unit, label = AXES[what]
-    drawn = [row for row in rows if row["run"] in RUNS and row.get(key)]
-    names = list(dict.fromkeys(row["name"] for row in drawn))
-    figure, panels = plt.subplots(1, len(RUNS), figsize=(6.2 * len(RUNS), 5.2), sharey=True)
-    for axes, run in zip(panels, RUNS, strict=True):
-        lengths = sorted({row["length"] for row in drawn if row["run"] == run})
-        for i, name in enumerate(names):
-            own = [row for row in drawn if row["run"] == run and row["name"] == name]
-            if not own:
+def line_styles(names: list[str]) -> dict[str, dict[str, str]]:
+    """Line, colour and marker by name: layers have those of all figures and solid lines."""
+    others = [name for name in names if name not in LAYERS]
+    styles = {}
+    for name in names:
+        if name in LAYERS:
+            colour, marker, _ = style_of(name)
+            line = "-"
+        else:
+            repeat, place = divmod(others.index(name), len(SERIES))
+            colour, marker = SERIES[place]
+            line = OTHER_LINES[repeat % len(OTHER_LINES)]
+        styles[name] = {"linestyle": line, "color": colour, "marker": marker}
+    return styles
+
+
+def draw(rows: list[dict[str, Any]], what: str) -> bytes:
+    """A PNG with a panel for each run and a line for each name.
+
+    Args:
+        rows: with `name`, `run`, `length`, and `median` or `peak_bytes`.
+        what: `"time"` or `"memory"`.
+    """
+    axis = AXES[what]
+    drawn = [row for row in rows if row["run"] in RUNS and row.get(axis.key)]
+    styles = line_styles(list(dict.fromkeys(row["name"] for row in drawn)))
+    figure, panels = new_panels(len(RUNS), size=(6.2, 5.2))
+    figure.set_layout_engine(None)  # the legends below would take the room of the panels
+    for panel, run in zip(panels, RUNS, strict=True):
+        panel.sharey(panels[0])
+        tidy(panel, run, "length (tokens)", axis.label)
+        for name, style in styles.items():
+            points = [row for row in drawn if (row["run"], row["name"]) == (run, name)]
+            if not points:
                 continue
-            x, y = [row["length"] for row in own], [row[key] / unit for row in own]
+            x = [row["length"] for row in points]
+            y = [row[axis.key] / axis.unit for row in points]
             exponent = f"  (slope {slope(x, y):.2f})" if len(x) > 1 else ""
-            again, colour = divmod(i, len(COLOURS))
-            axes.plot(
-                x, y, STYLES[again], marker=MARKERS[(i + again) % len(MARKERS)], markersize=4,
-                color=COLOURS[colour], label=name + exponent,
-            )  # fmt: skip
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        axes.set(xlabel="length (tokens)", title=run)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14))
-    panels[0].set_ylabel(label)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+            panel.plot(x, y, markersize=4, label=name + exponent, **style)
+        lengths_along(panel)
+        panel.set_xticks(sorted({row["length"] for row in drawn}))
+        panel.minorticks_off()
+        panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14))
+    in_decades(panels[0])
+    return png(figure)

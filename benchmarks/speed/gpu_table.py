@@ -1,17 +1,16 @@
-"""Milliseconds of operations and layers on a GPU, beside what people would otherwise use.
+"""Milliseconds of operations and layers on a GPU, compared with other libraries.
 
-    python -m benchmarks.speed.gpu_table [--lengths 2048 8192 32768] [--publish]
+    python -m benchmarks.speed.gpu_table [--lengths 2048 8192] [--groups window ssd] [--publish]
 
-Medians of rounds in which all contenders take turns, in one process, timed by the GPU's own events.
-Peers: torch's SDPA and FlexAttention, flash-attn, mamba-ssm and fla, where they are installed; each
-output is compared with ours before it is timed. What does not run says why.
+Medians of interleaved rounds in one process, timed by the GPU's own events. The others are torch's
+SDPA and FlexAttention, flash-attn, mamba-ssm and fla, where they are installed. Their outputs are
+compared with ours before they are timed. For whatever does not run, the table gives the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -20,35 +19,44 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
-from benchmarks.speed.common import LOCAL_OPTIONS
+from benchmarks.speed.common import local_options
+from benchmarks.speed.measuring import add_output_dir, command
 from longctx_layers import LAYERS, build_layer, ops, use_backend
-from longctx_layers.layers import layer_options
-from longctx_layers.reports.files import add_output
+from longctx_layers.command_line import Parser
+from longctx_layers.files import write
+from longctx_layers.info import machine
 
 Call = Callable[[], Tensor]
 Group = tuple[str, dict[str, Callable[[], Call]]]  # a title, and contenders by name
+GROUPS = ("full", "window", "ssd", "layers")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cpu only to try the program")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cpu, to try the program")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--tokens", type=int, default=32768, help="of a batch, at least")
-    parser.add_argument("--n-heads", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument(
+        "--tokens", type=int, default=32768, help="smallest number of tokens in a batch"
+    )
+    parser.add_argument("--n_heads", type=int, default=16)
+    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("--window", type=int, default=512, help="window or chunk size")
+    parser.add_argument("--states", type=int, default=64, help="state size N of the SSD")
     parser.add_argument("--rounds", type=int, default=20)
-    add_output(parser, "--output", "gpu")
+    add_output_dir(parser, "gpu")
     return parser.parse_args()
 
 
 class Inputs:
-    """Random tensors of the batch, in bf16, with gradients."""
+    """Makes random tensors `[batch, length, ...]` that require gradients."""
 
     def __init__(self, args: argparse.Namespace, length: int) -> None:
-        self.args, self.length = args, length
+        self.args = args
+        self.length = length
         self.batch = max(1, args.tokens // length)
 
     def __call__(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -56,8 +64,8 @@ class Inputs:
         return x.requires_grad_()
 
     def heads(self, count: int) -> Tensor:
-        """`[B, H, T, P]`, in memory by token as layers make it."""
-        return self(count, self.args.head_dim).transpose(1, 2)
+        """`[B, H, T, P]`, a view that is contiguous by token, as in the layers."""
+        return rearrange(self(count, self.args.head_dim), "b t h p -> b h t p")
 
 
 def attention(make: Inputs, window: int | None) -> dict[str, Callable[[], Call]]:
@@ -70,19 +78,28 @@ def attention(make: Inputs, window: int | None) -> dict[str, Callable[[], Call]]
         from flash_attn import flash_attn_func
 
         size = (-1, -1) if window is None else (window - 1, 0)
-        inputs = [x.transpose(1, 2) for x in (q, k, v)]
-        return lambda: flash_attn_func(*inputs, causal=True, window_size=size).transpose(1, 2)
+        inputs = [rearrange(x, "b h t p -> b t h p") for x in (q, k, v)]
+
+        def run() -> Tensor:
+            y = flash_attn_func(*inputs, causal=True, window_size=size)
+            return rearrange(y, "b t h p -> b h t p")
+
+        return run
 
     def sdpa() -> Call:
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    found = {f"ours, {name}": ours(name) for name in ("triton", "flash", "flex", "torch")}
-    return {**found, "flash-attn": flash_attn, ("SDPA" if window is None else "SDPA, full"): sdpa}
+    return {
+        **{f"ours, {name}": ours(name) for name in ("triton", "flash", "flex", "torch")},
+        "flash-attn": flash_attn,
+        ("SDPA" if window is None else "SDPA, full"): sdpa,
+    }
 
 
 def state_space(make: Inputs) -> dict[str, Callable[[], Call]]:
-    heads, states = make.args.n_heads, 64
-    x, B, C = make(heads, make.args.head_dim), make(states), make(states)
+    heads = make.args.n_heads
+    x = make(heads, make.args.head_dim)
+    B, C = (make(make.args.states) for _ in range(2))
     dt = torch.rand_like(make(heads, dtype=torch.float32)).requires_grad_()
     A = -torch.rand(heads, device=x.device)
 
@@ -92,20 +109,24 @@ def state_space(make: Inputs) -> dict[str, Callable[[], Call]]:
     def mamba_ssm() -> Call:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
 
-        return lambda: scan(x, dt, A, B[:, :, None], C[:, :, None], chunk_size=256)
+        groups = [rearrange(z, "b t n -> b t 1 n") for z in (B, C)]
+        return lambda: scan(x, dt, A, *groups, chunk_size=256)
 
     def fla() -> Call:
         from fla.ops.simple_gla import chunk_simple_gla
 
         def run() -> Tensor:
-            k, q = (z[:, :, None].expand(-1, -1, heads, -1) for z in (B, C))
+            k, q = (repeat(z, "b t n -> b t h n", h=heads) for z in (B, C))
             u = (x * dt[..., None]).to(x.dtype)
             return chunk_simple_gla(q, k, u, g=dt * A, scale=1.0)[0]
 
         return run
 
-    found = {f"ours, {name}": ours(name) for name in ("triton", "torch")}
-    return {**found, "mamba-ssm": mamba_ssm, "fla, simple_gla": fla}
+    return {
+        **{f"ours, {name}": ours(name) for name in ("triton", "torch")},
+        "mamba-ssm": mamba_ssm,
+        "fla, simple_gla": fla,
+    }
 
 
 def layers(make: Inputs) -> dict[str, Callable[[], Call]]:
@@ -115,7 +136,7 @@ def layers(make: Inputs) -> dict[str, Callable[[], Call]]:
 
     def contender(name: str, backend: str) -> Callable[[], Call]:
         def build() -> Call:
-            options = {n: args.window for n in LOCAL_OPTIONS if n in layer_options(name)}
+            options = local_options(name, args.window)
             layer = build_layer(name, width, args.n_heads, device=args.device, **options)
             layer = layer.to(torch.bfloat16)
 
@@ -131,24 +152,33 @@ def layers(make: Inputs) -> dict[str, Callable[[], Call]]:
     return {f"{n}, {b}": contender(n, b) for n in LAYERS for b in ("triton", "torch")}
 
 
+def group(name: str, make: Inputs, args: argparse.Namespace) -> Group:
+    """The title and the contenders of one of `GROUPS`."""
+    size = f"{make.batch} x {make.length}"
+    if name == "full":
+        return f"full attention, {size}", attention(make, None)
+    if name == "window":
+        return f"window attention, {size}", attention(make, args.window)
+    if name == "ssd":
+        return f"state space (SSD), N {args.states}, {size}", state_space(make)
+    return f"layers, {size}", layers(make)
+
+
 def groups(args: argparse.Namespace) -> Iterator[Group]:
     for length in args.lengths:
         make = Inputs(args, length)
-        of = f"{make.batch} x {length}"
-        yield f"full attention, {of}", attention(make, None)
-        yield f"window attention, {of}", attention(make, args.window)
-        yield f"state space (SSD), {of}", state_space(make)
-        yield f"layers, {of}", layers(make)
+        for name in args.groups:
+            yield group(name, make, args)
 
 
 def timed(call: Callable[[], Any], device: str) -> float:
-    """Milliseconds."""
+    """Milliseconds of one call."""
     if device != "cuda":
         begin = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - begin)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # about a millisecond, in which the launches queue up
+    torch.cuda._sleep(2_000_000)  # about a millisecond, while the launches queue up
     begin.record()
     call()
     end.record()
@@ -165,7 +195,7 @@ def with_backward(call: Call) -> Callable[[], None]:
 
 
 def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of one group; a contender that can't run has a reason instead of times."""
+    """Rows of one group, with times, or with the reason why something could not be timed."""
     title, contenders = group
     runs: dict[str, dict[str, Callable[[], Any]]] = {}
     ours = None
@@ -173,7 +203,7 @@ def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         try:
             call = build()
             y = call().detach()
-            with_backward(call)()  # compiles what must be
+            with_backward(call)()  # also compiles both passes
             ours = y if ours is None else ours
             error = (y - ours).abs().max() / ours.abs().max()
         except Exception as error:
@@ -181,9 +211,12 @@ def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"group": title, "contender": name, "reason": reason}
             continue
         row = {"group": title, "contender": name}
-        same = "layers" not in title and "full" not in name
-        if same and not error < 0.05:
-            yield {**row, "reason": f"its result differs from ours by {error:.2g} of the largest"}
+        is_comparable = "layers" not in title and "full" not in name
+        if is_comparable and not error < 0.05:
+            yield {
+                **row,
+                "reason": f"its result differs from ours by {error:.2g} of the largest value",
+            }
             continue
         runs[name] = {"forward": call, "forward+backward": with_backward(call)}
     times: dict[tuple[str, str], list[float]] = {}
@@ -197,10 +230,9 @@ def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     lines = [
-        f"`python {' '.join(sys.argv)}`: {gpu}, torch {torch.__version__}; bf16, {args.n_heads} "
-        f"heads of {args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
+        f"`{command()}`: {machine(args.device)}; bf16, {args.n_heads} heads of "
+        f"{args.head_dim}, window or chunk {args.window}. Milliseconds, medians.",
     ]
     title = None
     for row in rows:
@@ -218,14 +250,14 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU that torch can use: nothing was measured")
     rows = []
-    for group in groups(args):
-        for row in measure(group, args):
+    for contenders in groups(args):
+        for row in measure(contenders, args):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.output / "table.md").write_text(table(rows, args))
-    print(table(rows, args) + f"\nWritten to {args.output}/")
+        # After each group, so that an interrupted run keeps what it has measured.
+        write(args.output_dir / "table.json", json.dumps(rows, indent=1) + "\n")
+        write(args.output_dir / "table.md", table(rows, args))
+    print(table(rows, args) + f"\nWritten to {args.output_dir}/")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""How it is measured: rounds in which contenders take turns, memory in processes of their own."""
+"""How the benchmarks measure time, what a row of a target holds, and the options of all tables."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from benchmarks.speed.common import Shape
-from longctx_layers.reports.files import add_output
+from benchmarks.speed.common import ROOT, Shape
+from longctx_layers.command_line import add_output
 
 
 class Timing(NamedTuple):
@@ -29,10 +27,10 @@ class Timing(NamedTuple):
 def interleave(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int = 9, seconds: float = 60.0
 ) -> dict[str, Timing]:
-    """Time calls in turns, so that what disturbs the machine disturbs them all.
+    """Time calls in interleaved rounds, so that a disturbance of the machine affects all of them.
 
-    A round to warm up is not counted. Three rounds are taken at least, and no further one after
-    `seconds`.
+    The first round warms up and is not counted. At least three rounds are timed, and no further
+    one begins after `seconds`.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
@@ -55,7 +53,7 @@ def _timing(values: list[float]) -> Timing:
 
 
 class Row(NamedTuple):
-    """One target: what was measured, and its bound; a report without one."""
+    """One measured number, with the bounds of its target; without bounds it is only reported."""
 
     what: str
     measured: float
@@ -80,39 +78,50 @@ def ratio(what: str, over: Timing, under: Timing, **bounds: float | None) -> Row
 
 
 def slope(lengths: Sequence[int], values: Sequence[float]) -> float:
-    """Exponent p of `values ~ lengths ** p`, by least squares of the logarithms."""
+    """The exponent p of `values ~ lengths ** p`: the slope of a line fitted to the logarithms."""
     x = [math.log(n) for n in lengths]
     y = [math.log(v) for v in values]
     return statistics.linear_regression(x, y).slope
 
 
-def machine() -> str:
-    """What the numbers depend on."""
-    return (
-        f"{torch.get_num_threads()} threads of {platform.machine()} with "
-        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    )
-
-
 def command() -> str:
-    """The command line, as it is typed in the checkout's root."""
-    script = sys.argv[0]
-    if "benchmarks/" in script:
-        script = "benchmarks/" + script.rsplit("benchmarks/", 1)[1]
-    return " ".join(["python", script, *sys.argv[1:]])
+    """The running program's command line, as one types it in the root of the checkout."""
+    script = Path(sys.argv[0])
+    program = [str(script)]
+    if script.is_absolute() and script.is_relative_to(ROOT / "benchmarks"):
+        program = ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
+    return " ".join(["python", *program, *sys.argv[1:]])
+
+
+def add_output_dir(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add `--output_dir` (by default `runs/NAME`), its older name `--output`, and `--publish`."""
+    add_output(parser, "--output_dir", name)
+    parser.add_argument(
+        "--output",
+        dest="output_dir",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="the same as --output_dir",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every table."""
-    parser.add_argument("--d-model", type=int, default=Shape().d_model)
-    parser.add_argument("--n-heads", type=int, default=Shape().n_heads)
-    parser.add_argument("--local", type=int, default=Shape().local, help="window or chunk size")
-    parser.add_argument("--rounds", type=int, default=9, help="at most")
+    """Add the options that all tables share."""
+    default = Shape()
+    parser.add_argument("--d_model", type=int, default=default.d_model, help="width of the layers")
+    parser.add_argument("--n_heads", type=int, default=default.n_heads)
+    parser.add_argument("--local", type=int, default=default.local, help="window or chunk size")
+    parser.add_argument("--rounds", type=int, default=9, help="largest number of timed rounds")
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="no further round after so many, from the third"
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="start no further round after this time (at least three rounds are timed)",
     )
-    parser.add_argument("--no-memory", action="store_true", help="time alone, which is faster")
-    add_output(parser, "--output", "bench")
+    parser.add_argument(
+        "--no_memory", action="store_true", help="measure time only, which is faster"
+    )
+    add_output_dir(parser, "bench")
 
 
 def shape_of(args: argparse.Namespace) -> Shape:

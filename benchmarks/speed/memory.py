@@ -1,7 +1,7 @@
 """Peak memory of a call, in a process of its own. Linux only.
 
-Counted is the growth of the resident set's high-water mark over what it was when the call's inputs
-and parameters were in place.
+The number is how far the peak of the resident set during the call exceeds its size just before
+the call, when inputs and parameters are already in memory.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ Passes = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def passes(name: str, run: str, length: int, shape: Shape) -> Passes:
-    """A short pass through a case, which loads libraries, and the one to measure."""
-    return tuple(RUNS[run](case(name, shape, n)) for n in (min(256, length), length))
+    """A short pass that loads libraries, and the pass to measure."""
+    make_run = RUNS[run]
+    warm_up = make_run(case(name, shape, min(256, length)))
+    return warm_up, make_run(case(name, shape, length))
 
 
 def peak_bytes(prepare: Callable[..., Passes], *arguments: Any) -> int | None:
-    """Peak of the second call that `prepare(*arguments)` returns; None if it does not fit.
+    """Peak memory of the second call that `prepare(*arguments)` returns; None if it does not fit.
 
     Args:
-        prepare: a function of a module, as the new process must import it.
+        prepare: a function at the top level of a module, since another process imports it.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_peak, torch.get_num_threads(), prepare, arguments).result()
@@ -39,11 +41,11 @@ def peak_bytes(prepare: Callable[..., Passes], *arguments: Any) -> int | None:
 
 def _peak(threads: int, prepare: Callable[..., Passes], arguments: tuple[Any, ...]) -> int | None:
     torch.set_num_threads(threads)
-    _forbid_more_than_there_is()
+    _limit_to_free_memory()
     warm_up, run = prepare(*arguments)
     warm_up()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, not to the next tensors
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is in use
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, so that new tensors count
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current size
     before = kibibytes("self/status", "VmHWM")
     try:
         run()
@@ -55,15 +57,15 @@ def _peak(threads: int, prepare: Callable[..., Passes], arguments: tuple[Any, ..
 
 
 def kibibytes(file: str, field: str) -> int:
-    """A field of a file under /proc.
+    """A field of a file under /proc, in KiB.
 
-    Not getrusage's ru_maxrss for the peak: a new process inherits it from its parent.
+    The peak comes from there, since a new process inherits getrusage's `ru_maxrss` from its parent.
     """
     return int(Path("/proc", file).read_text().split(f"{field}:")[1].split()[0])
 
 
-def _forbid_more_than_there_is() -> None:
-    """An allocation that this machine can't serve fails, and no other process has to die for it."""
+def _limit_to_free_memory() -> None:
+    """Let an allocation beyond the free memory fail, before the system kills some process."""
     free = kibibytes("meminfo", "MemAvailable") * 1024 * 9 // 10
     used = kibibytes("self/status", "VmData") * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + free, resource.RLIM_INFINITY))

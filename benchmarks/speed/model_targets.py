@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speed.common import state_bytes
 from benchmarks.speed.measuring import Row, interleave, ratio
 from benchmarks.speed.memory import peak_bytes
 from longctx_layers import LongContextLM, create_model
@@ -17,14 +18,14 @@ SHORT, LONG = 1_000, 1_000_000
 
 
 def model(args: argparse.Namespace, block: str) -> LongContextLM:
-    """Of the size that the options name."""
+    """A model of the size that the options ask for."""
     torch.manual_seed(0)
     options = {} if block == "vanilla" else {"window_size": args.local}
     return create_model(args.vocab_size, args.size, block, options)
 
 
 def weights_once(lm: LongContextLM) -> Callable[[], None]:
-    """Every weight matrix of a model times one vector: less can't be read for a token."""
+    """Every weight matrix of a model times one vector: a token cannot read less than that."""
     linears = [m for m in lm.modules() if isinstance(m, nn.Linear)]
     inputs = {n: torch.randn(1, 1, n) for n in {m.in_features for m in linears}}
     hidden = torch.randn(1, 1, lm.config.d_model)
@@ -49,7 +50,7 @@ def prefill(lm: LongContextLM, length: int, piece: int = 4096) -> Any:
 
 
 def decoding(lm: LongContextLM, state: Any) -> Callable[[], None]:
-    """One token, each call's behind the last one's."""
+    """A step of one token; each call continues after the token of the call before."""
     ids: Tensor = torch.zeros(1, 1, dtype=torch.int64)
 
     @torch.no_grad()
@@ -61,19 +62,15 @@ def decoding(lm: LongContextLM, state: Any) -> Callable[[], None]:
     return run
 
 
-def state_bytes(state: Any) -> int:
-    """Of all tensors of a model's state."""
-    return sum(tensor.nbytes for layer in state for tensor in layer)
-
-
 def decode(args: argparse.Namespace) -> Iterator[Row]:
-    """One token of DPASSM after a short and a long context, over its weights once.
+    """One token of DPASSM after a short and a long context, over reading its weights once.
 
-    As the state's shapes do not depend on the length, that of the long context is one of 4,096
-    tokens whose position is set; examples/stream.py takes the long way.
+    Since the shapes of the state do not depend on the length, the state of the long context is that
+    of 4,096 tokens with another position; examples/stream.py processes a long context in full.
     """
     lm = model(args, "dpassm").eval()
-    short, long = prefill(lm, SHORT), prefill(lm, 4096)
+    short = prefill(lm, SHORT)
+    long = prefill(lm, 4096)
     long = tuple(layer._replace(position=layer.position * 0 + LONG) for layer in long)
     calls = {"short": decoding(lm, short), "long": decoding(lm, long), "floor": weights_once(lm)}
     times = interleave(calls, rounds=20 * args.rounds, seconds=args.seconds)
@@ -83,15 +80,15 @@ def decode(args: argparse.Namespace) -> Iterator[Row]:
         what = f"a token after {context:,} / all weights once"
         yield ratio(what, times[name], times["floor"], at_most=1.3)
         yield Row(f"tokens per second after {context:,}", 1 / times[name].median, "tokens/s")
-    bytes_ = [state_bytes(state) for state in (short, long)]
-    detail = f"{bytes_[1]:,} / {bytes_[0]:,} bytes"
-    yield Row(
-        f"state after {LONG:,} / after {SHORT:,}", bytes_[1] / bytes_[0], at_most=1.0, detail=detail
-    )
+    short_bytes = state_bytes(short)
+    long_bytes = state_bytes(long)
+    what = f"state after {LONG:,} / after {SHORT:,}"
+    detail = f"{long_bytes:,} / {short_bytes:,} bytes"
+    yield Row(what, long_bytes / short_bytes, at_most=1.0, detail=detail)
 
 
 def training_step(args: argparse.Namespace, block: str) -> Callable[[int], None]:
-    """A step of AdamW on one sequence: loss in chunks, checkpointing on."""
+    """A step of AdamW on one sequence: chunked loss, gradient checkpointing."""
     lm = model(args, block)
     lm.gradient_checkpointing = True
     optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4)
@@ -106,13 +103,13 @@ def training_step(args: argparse.Namespace, block: str) -> Callable[[int], None]
 
 
 def training_passes(args: argparse.Namespace, block: str) -> tuple[Callable[[], None], ...]:
-    """A short step, after which gradients and the optimizer's state are in place, and the whole."""
+    """A short step that allocates gradients and optimizer state, and the step to measure."""
     step = training_step(args, block)
     return lambda: step(64), lambda: step(args.length)
 
 
 def training(args: argparse.Namespace) -> Iterator[Row]:
-    """A step of training: tokens per second and memory, beside vanilla."""
+    """A step of training: tokens per second and memory, compared with vanilla."""
     steps = {block: training_step(args, block) for block in ("dpassm", "vanilla")}
     calls = {block: lambda step=step: step(args.length) for block, step in steps.items()}
     times = interleave(calls, rounds=args.rounds, seconds=args.seconds)

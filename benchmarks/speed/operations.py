@@ -1,4 +1,4 @@
-"""Every operation as a layer calls it: shapes, memory order, and what is cached in decoding."""
+"""Every operation as a layer calls it: shapes, memory layout, and cached keys in decoding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from benchmarks.speed.common import Case, Shape
@@ -24,7 +25,7 @@ class Call(NamedTuple):
 
     Attributes:
         call: returns the output.
-        leaves: of the gradients; the output has the shape of the first.
+        leaves: the inputs that get gradients; the output has the shape of the first one.
     """
 
     call: Callable[[], Tensor]
@@ -45,9 +46,9 @@ def _attention(
     local = shape.local
     if pattern != "full" and not n_random:
         cached = min(cached, local - 1)
-    # In memory by token, as projections make them.
+    # Views, contiguous by token, as projections return them.
     q, k, v = (
-        _heads(shape, n).transpose(1, 2).requires_grad_()
+        rearrange(_heads(shape, n), "b t h p -> b h t p").requires_grad_()
         for n in (length, cached + length, cached + length)
     )
     options: dict[str, Any] = {} if pattern == "full" else {f"{pattern}_size": local}
@@ -58,9 +59,15 @@ def _attention(
     def far() -> FarKeys | None:
         if n_random:
             return far_cached_keys(
-                q, k, v, window_size=local, n_global_tokens=n_global, n_random_tokens=n_random,
-                seed=0, segments=options.get("segments"),
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                window_size=local,
+                n_global_tokens=n_global,
+                n_random_tokens=n_random,
+                seed=0,
+                segments=options.get("segments"),
+            )
         if n_global:
             if cached:
                 mask = torch.ones(1, 1, length, n_global, dtype=torch.bool)
@@ -80,10 +87,10 @@ def _state_space(shape: Shape, length: int, cached: int, *, name: str) -> Call:
     state = torch.randn(1, shape.n_heads, x.shape[-1], N_STATES) if cached else None
     if name == "ssd":
         return Call(lambda: ops.ssd(x, dt, A, B, C, initial_state=state)[0], (x, dt, A, B, C))
-    both = None if state is None else (state, state)
+    states = None if state is None else (state, state)  # readable, and pending
 
     def run() -> Tensor:
-        return ops.block_ssd(x, dt, A, B, C, chunk_size=shape.local, initial_state=both)[0]
+        return ops.block_ssd(x, dt, A, B, C, chunk_size=shape.local, initial_state=states)[0]
 
     return Call(run, (x, dt, A, B, C))
 
@@ -132,7 +139,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Call], dict[str, Any]]] = {
 
 
 def operation_case(name: str, shape: Shape, length: int, cached: int = 0) -> Case:
-    """An operation over `length` tokens; with `cached`, those follow so many others."""
+    """An operation over `length` tokens that follow `cached` others."""
     build, options = OPERATIONS[name]
     run, leaves = build(shape, length, cached, **options)
     return Case(lambda: (run(),), leaves, (torch.randn_like(leaves[0]),))

@@ -1,4 +1,4 @@
-"""Attention of torch and of other libraries, and the same made of ours."""
+"""Attention from torch and other libraries, each with an equivalent built from our layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from benchmarks.speed.common import Shape
@@ -17,23 +18,23 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Projected(nn.Module):
-    """Projections as a user of plain torch would write them, around `attend(q, k, v)`."""
+    """Self-attention as one writes it in plain torch: projections around `attend(q, k, v)`."""
 
     def __init__(self, shape: Shape, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.n_heads, self.attend = shape.n_heads, attend
+        self.n_heads = shape.n_heads
+        self.attend = attend
         self.qkv = nn.Linear(shape.d_model, 3 * shape.d_model, bias=False)
         self.out = nn.Linear(shape.d_model, shape.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            z.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, -1)
-        )
-        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        heads = rearrange(self.qkv(x), "b t (qkv h p) -> qkv b h t p", qkv=3, h=self.n_heads)
+        y = self.attend(*heads)
+        return self.out(rearrange(y, "b h t p -> b t (h p)"))
 
 
 def with_weights(layer: AttentionLayer[Any], qkv: list[Tensor], out: Tensor) -> Function:
-    """Our layer with these projections."""
+    """Our layer with these weights in its projections."""
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
     for projection, weight in zip(projections, [*qkv, out], strict=True):
         projection.load_state_dict({"weight": weight.detach()})
@@ -62,7 +63,7 @@ def build_flex(shape: Shape) -> nn.Module:
         return (key <= query) & (query - key < shape.local)
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    masks: dict[int, Any] = {}  # made once a length, as users do
+    masks: dict[int, Any] = {}  # one for each length, made in advance as users do
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
@@ -98,7 +99,7 @@ def build_local_attention(shape: Shape) -> nn.Module:
 
 
 def our_local_attention(peer: Any, shape: Shape) -> Function:
-    # Its window counts the keys before the query's own; ours counts that one too.
+    # Its window does not count the query's own key; ours does.
     layer = Longformer(shape.d_model, shape.n_heads, window_size=shape.local + 1, n_global_tokens=0)
     return with_weights(layer, list(peer.to_qkv.weight.chunk(3)), peer.to_out.weight)
 
@@ -106,9 +107,13 @@ def our_local_attention(peer: Any, shape: Shape) -> Function:
 def build_x_transformers(shape: Shape) -> nn.Module:
     from x_transformers.x_transformers import Attention
 
-    dim = shape.d_model // shape.n_heads
-    attention = Attention(shape.d_model, dim_head=dim, heads=shape.n_heads, causal=True, flash=True)
-    return attention
+    return Attention(
+        shape.d_model,
+        dim_head=shape.d_model // shape.n_heads,
+        heads=shape.n_heads,
+        causal=True,
+        flash=True,
+    )
 
 
 def our_x_transformers(peer: Any, shape: Shape) -> Function:

@@ -1,7 +1,7 @@
-"""Other libraries' layers of the same shape, each with the same mathematics made of ours.
+"""Layers of other libraries, each with the same function built from this library.
 
-A peer is compared with ours before it is timed. Shapes are equal as far as a peer allows: width,
-heads, window or chunk, 64 states, no biases and no dropout.
+Before a peer is timed, its results are compared with ours. Shapes are equal as far as the peer
+allows: width, heads, window or chunk size, 64 states, no biases and no dropout.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Peer(NamedTuple):
     """Another library's layer.
 
     Attributes:
-        package: what must be importable.
-        build: the module, `[B, T, D]` to `[B, T, D]`.
-        ours: the same function of the same weights, made of ours.
-        same: what the two have in common, and what not.
+        package: the import name of its package.
+        build: makes the module, which maps `[B, T, D]` to `[B, T, D]`.
+        ours: the same function of the same weights, built from this library.
+        same: what the two have in common, and what differs.
         trains: whether it has a backward pass on the CPU.
-        longest: length beyond which one pass takes minutes; None for no such.
-        oldest: the first version of the package whose layer is known to be built like this.
+        longest: the length beyond which a pass takes minutes, if there is one.
+        oldest: the first version of the package that has the layer in this form.
     """
 
     package: str
@@ -77,11 +77,14 @@ class Peer(NamedTuple):
 
     @property
     def missing(self) -> str | None:
-        """Why it can't run here, if it can't."""
+        """Why it cannot run here, or None."""
         if find_spec(self.package) is None:
             return f"{self.package} is not installed: make bench-peers installs it"
-        if self.oldest and Version(found := metadata.version(self.package)) < Version(self.oldest):
-            return f"{self.package} {found} builds this layer otherwise than {self.oldest}"
+        if self.oldest is None:
+            return None
+        installed = metadata.version(self.package)
+        if Version(installed) < Version(self.oldest):
+            return f"{self.package} {installed} has this layer in another form than {self.oldest}"
         return None
 
 
@@ -108,26 +111,26 @@ PEERS = {
         "vanilla without rotary embedding",
     ),
     MAMBA2: Peer(
-        "transformers", build_mamba2, our_mamba2, "conv_silu and ssd; as wide inside as outside"
+        "transformers", build_mamba2, our_mamba2, "conv_silu and ssd; the inner width is d_model"
     ),
     WIDE_MAMBA2: Peer(
         "transformers",
         partial(build_mamba2, expand=2),
         our_mamba2,
-        "conv_silu and ssd; as published, twice as wide inside, with twice the heads",
+        "conv_silu and ssd; as published, with twice the inner width and twice the heads",
     ),
     FALCON: Peer(
         "transformers",
         build_falcon,
         our_falcon,
-        "vanilla beside conv_silu and ssd; norms and feed-forward left out",
+        "vanilla in parallel with conv_silu and ssd; norms and feed-forward left out",
         oldest="5.23",
     ),
     RECURRENT_GEMMA: Peer(
         "transformers",
         build_recurrent_gemma,
         our_recurrent_gemma,
-        "diagonal_scan; it takes the tokens one after another",
+        "diagonal_scan; the peer processes tokens one by one",
         longest=2048,
         oldest="5.23",
     ),
@@ -135,13 +138,13 @@ PEERS = {
         "mambapy",
         build_mambapy,
         our_mambapy,
-        "conv_silu and ssd with one channel a head, rates equal over the 16 states of a channel",
+        "conv_silu and ssd, one channel per head, equal rates for the 16 states of a channel",
     ),
 }
 
 
 def check(name: str, shape: Shape = SMALL, length: int = 75) -> None:
-    """Compare a peer's output and gradient with ours, at the tolerance of torch for its dtype.
+    """Compare a peer's output and gradient with ours, at torch's default tolerance for the dtype.
 
     Raises:
         AssertionError: if they differ.
@@ -160,5 +163,5 @@ def check(name: str, shape: Shape = SMALL, length: int = 75) -> None:
             y = function(leaf)
         return [y.detach(), *(torch.autograd.grad(y, leaf, upstream) if peer.trains else ())]
 
-    for theirs, own in zip(results(module), results(ours), strict=True):
-        assert_close(theirs, own, msg=lambda text: f"{name} and ours differ: {text}")
+    for theirs, expected in zip(results(module), results(ours), strict=True):
+        assert_close(theirs, expected, msg=lambda text: f"{name} and ours differ: {text}")

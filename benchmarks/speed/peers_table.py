@@ -1,9 +1,10 @@
-"""Layers beside other libraries', in turns, in one process: time and peak memory.
+"""Time and peak memory of this library's layers and those of other libraries.
 
     python -m benchmarks.speed.peers_table [--lengths 2048 8192] [--publish]
 
-Each peer's output and gradient are compared with ours first; one that differs is not timed, and
-what is not installed says so. Linux only.
+Times are medians of interleaved rounds in one process. Before that, each peer's output and gradient
+are compared with ours; a peer that differs is not timed. The page names the peers that are not
+installed. Linux only.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.speed.common import RUNS
-from benchmarks.speed.contenders import FLOOR, case
+from benchmarks.speed.contenders import FLOOR, case, floors
 from benchmarks.speed.drawing import draw
-from benchmarks.speed.measuring import add_options, command, interleave, machine, shape_of
+from benchmarks.speed.measuring import add_options, command, interleave, shape_of
 from benchmarks.speed.memory import passes, peak_bytes
 from benchmarks.speed.peers import PEERS, check
 from longctx_layers import LAYERS
+from longctx_layers.command_line import Parser
+from longctx_layers.files import write
+from longctx_layers.info import machine
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
@@ -31,31 +35,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def checked(names: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Peers that run here and agree with ours, and why the others don't."""
-    fit, reasons = [], {}
+    """Peers that run here and agree with ours, and the reasons against the others."""
+    agreeing = []
+    reasons = {}
     for name in names:
         if reason := PEERS[name].missing:
             reasons[name] = reason
             continue
         try:
             check(name)
-            fit.append(name)
+            agreeing.append(name)
         except Exception as error:  # whatever another library may raise
             reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return fit, reasons
+    return agreeing, reasons
 
 
 def measure(args: argparse.Namespace, peers: list[str]) -> Iterator[dict[str, Any]]:
     """A row by name, run and length."""
     shape = shape_of(args)
     for length in args.lengths:
-        for run, through in RUNS.items():
-            names = [*LAYERS, *(FLOOR + name for name in LAYERS)]
+        for run, make_run in RUNS.items():
+            names = [*LAYERS, *floors(LAYERS, shape)]
             for name in peers:
                 longest = PEERS[name].longest
                 if (PEERS[name].trains or run == "forward") and length <= (longest or length):
                     names.append(name)
-            calls = {name: through(case(name, shape, length)) for name in names}
+            calls = {name: make_run(case(name, shape, length)) for name in names}
             times = interleave(calls, rounds=args.rounds, seconds=args.seconds)
             for name, timing in times.items():
                 row = {"name": name, "run": run, "length": length, **timing._asdict()}
@@ -71,23 +76,27 @@ def page(rows: list[dict[str, Any]], reasons: dict[str, str], args: argparse.Nam
         cells.setdefault(row["name"], {})[row["length"], row["run"]] = row
     columns = [(length, run) for length in args.lengths for run in RUNS]
     lines = [
-        "# Beside other libraries", "",
-        f"`{command()}`: {machine()}; float32, one sequence, {shape_of(args)}.", "",
-        "In brackets: that time over DPASSM's.", "",
+        "# Compared with other libraries",
+        "",
+        f"`{command()}`: {machine()}; float32, one sequence, {shape_of(args)}.",
+        "",
+        "In brackets: the ratio to DPASSM's time.",
+        "",
         "| | " + " | ".join(f"{run} at {length:,}" for length, run in columns) + " |",
         "|---" * (1 + len(columns)) + "|",
-    ]  # fmt: skip
-    for name, own in cells.items():
-        shown = []
+    ]
+    for name, by_column in cells.items():
+        texts = []
         for column in columns:
-            if (row := own.get(column)) is None:
-                shown.append("-")
+            row = by_column.get(column)
+            if row is None:
+                texts.append("-")
                 continue
             times = row["median"] / cells["dpassm"][column]["median"]
             memory = f", {row['peak_bytes'] / 2**20:,.0f} MiB" if row.get("peak_bytes") else ""
-            shown.append(f"{row['median']:.3g} s ({times:.2g}){memory}")
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    lines += ["", "Before the timing, on a short sequence, output and gradient of:", ""]
+            texts.append(f"{row['median']:.3g} s ({times:.2g}){memory}")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    lines += ["", "Compared before the timing, by output and gradient of a short sequence:", ""]
     for name in args.peers:
         if name in reasons:
             lines.append(f"- {name}: not compared and not timed; {reasons[name]}")
@@ -98,20 +107,19 @@ def page(rows: list[dict[str, Any]], reasons: dict[str, str], args: argparse.Nam
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
-    fit, reasons = checked(args.peers)
+    agreeing, reasons = checked(args.peers)
     rows = []
-    for row in measure(args, fit):
+    for row in measure(args, agreeing):
         rows.append(row)
         print(json.dumps(row), flush=True)
-    written = {"command": command(), "machine": machine(), "left_out": reasons, "rows": rows}
-    (args.output / "peers.json").write_text(json.dumps(written, indent=1) + "\n")
+    result = {"command": command(), "machine": machine(), "left_out": reasons, "rows": rows}
+    write(args.output_dir / "peers.json", json.dumps(result, indent=1) + "\n")
     text = page(rows, reasons, args)
-    (args.output / "peers.md").write_text(text)
-    shown = [row for row in rows if not row["name"].startswith(FLOOR)]
+    write(args.output_dir / "peers.md", text)
+    drawn = [row for row in rows if not row["name"].startswith(FLOOR)]
     for what in ("time",) if args.no_memory else ("time", "memory"):
-        draw(shown, what, args.output / f"peers_{what}.png")
-    print(text + f"\nWritten to {args.output}/peers.md")
+        write(args.output_dir / f"peers_{what}.png", draw(drawn, what))
+    print(text + f"\nWritten to {args.output_dir}/peers.md")
     return rows
 
 

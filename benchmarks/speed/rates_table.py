@@ -1,9 +1,9 @@
-"""What it costs to round the rates of state spaces to bfloat16, beside everything else.
+"""What rounding the rates of state spaces to bfloat16 costs, compared with all other parameters.
 
     python -m benchmarks.speed.rates_table    (some minutes; docs/integration.md shows its table)
 
-Byte-level models are trained on Python's standard library, and measured on the beginnings of long
-files that they never saw: with only the rates rounded, only the rest, and both.
+Byte-level models are trained on Python's standard library and evaluated on the beginnings of long
+held-out files: with only the rates rounded, only all other parameters, and both.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.measuring import command, machine
-from examples.demo import train
+from benchmarks.speed.measuring import command
+from benchmarks.speed.training import train_on_text
 from longctx_layers import create_model
+from longctx_layers.command_line import Parser
 from longctx_layers.data.byte_text import documents, split
+from longctx_layers.evals import token_losses
+from longctx_layers.info import machine
 from longctx_layers.testing import rates
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,27 +36,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="of training")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--bytes", type=int, default=16384, help="of each file that is measured")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=150, help="training steps")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--sequence_length", type=int, default=1024)
+    parser.add_argument("--bytes", type=int, default=16384, help="bytes of each held-out file")
     parser.add_argument("--files", type=int, default=10)
-    parser.add_argument("--text", type=Path, help="a file or folder of text, instead of the stdlib")
+    parser.add_argument(
+        "--text", type=Path, help="a file or folder of text; default: Python's standard library"
+    )
     return parser.parse_args(argv)
 
 
 @torch.no_grad()
 def loss(model: nn.Module, rows: list[Tensor]) -> float:
-    """The mean over all bytes."""
-    return sum(
-        nn.functional.cross_entropy(model(row[None, :-1])[0].float(), row[1:]).item()
-        for row in rows
-    ) / len(rows)
+    """The mean loss over all bytes."""
+    return sum(token_losses(model, row[None]).mean().item() for row in rows) / len(rows)
 
 
 def version(model: nn.Module, *, low_rates: bool, low_rest: bool) -> nn.Module:
-    """A copy with some of its parameters rounded to bfloat16."""
+    """A copy of a model with some of its parameters rounded to bfloat16."""
     changed = deepcopy(model)
     if low_rest:
         changed.bfloat16()
@@ -78,7 +80,15 @@ def table(args: argparse.Namespace) -> list[str]:
     for name, (block, options) in MODELS.items():
         torch.manual_seed(0)
         model = create_model(256, "tiny", block, block_kwargs=options)
-        train(block, model, training, argparse.Namespace(**vars(args), learning_rate=2e-3, seed=0))
+        train_on_text(
+            block,
+            model,
+            training,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            sequence_length=args.sequence_length,
+        )
+        model.eval()
         exact = loss(model, rows)
         costs = [
             loss(version(model, low_rates=a, low_rest=b), rows) - exact

@@ -1,9 +1,9 @@
-"""What the CPU path must reach, measured: a table of targets, each met or not.
+"""Measures what the CPU path has to reach: a table of targets, each met or not.
 
     python -m benchmarks.speed.targets [floor sdpa ...] [--length 8192] [--publish]
 
-Ratios are of medians of rounds in which the contenders take turns, in one process. Sections that
-are not named keep what the last run that measured them has found.
+Ratios are of medians of interleaved rounds in one process. Sections that are not named keep the
+numbers of the last run that measured them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.speed import layer_targets, model_targets
-from benchmarks.speed.measuring import Row, add_options, command, machine
+from benchmarks.speed.measuring import Row, add_options, command
 from longctx_layers import LAYERS
+from longctx_layers.command_line import Parser, closest
+from longctx_layers.files import write
+from longctx_layers.info import machine
 
 Section = Callable[[argparse.Namespace], Iterator[Row]]
 SECTIONS: dict[str, Section] = {
@@ -31,19 +34,27 @@ SECTIONS: dict[str, Section] = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; default: all")
     add_options(parser)
     parser.add_argument(
-        "--length", type=int, default=8192, help="other lengths are multiples of it"
+        "--length", type=int, default=8192, help="tokens; other lengths are multiples of this one"
     )
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(layer_targets.FLOORS))
-    parser.add_argument("--compile", action="store_true", help="torch.compile beside the layers")
-    parser.add_argument("--size", default="150m", help="of the models that decode and train")
-    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        choices=LAYERS,
+        default=[name for name in LAYERS if name != "vanilla"],
+        help="default: all but vanilla",
+    )
+    parser.add_argument("--compile", action="store_true", help="also measure compiled layers")
+    parser.add_argument("--size", default="150m", help="size of the models that decode and train")
+    parser.add_argument("--vocab_size", type=int, default=32000)
     args = parser.parse_args(argv)
-    if unknown := set(args.sections) - set(SECTIONS):
-        parser.error(f"sections: expected some of {list(SECTIONS)}, got {sorted(unknown)}")
+    for name in args.sections:
+        if name not in SECTIONS:
+            hint = closest(name, SECTIONS)
+            parser.error(f"unknown section {name!r}{hint}; valid ones are {', '.join(SECTIONS)}")
     return args
 
 
@@ -62,16 +73,18 @@ def table(sections: dict[str, dict[str, Any]]) -> str:
 
 def line(row: Row) -> str:
     """A line of the table."""
-    target = "" if row.at_most is None else f"at most {row.at_most:.4g}"
-    target = target if row.at_least is None else f"at least {row.at_least:.4g}"
+    target = ""
+    if row.at_most is not None:
+        target = f"at most {row.at_most:.4g}"
+    if row.at_least is not None:
+        target = f"at least {row.at_least:.4g}"
     met = {True: "yes", False: "**no**", None: ""}[row.met]
     return f"| {row.what} | {row.measured:.4g} {row.unit} | {target} | {met} | {row.detail} |"
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     args = parse(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "targets.json"
+    path = args.output_dir / "targets.json"
     sections = json.loads(path.read_text()) if path.exists() else {}
     for name in args.sections or SECTIONS:
         rows = []
@@ -79,10 +92,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
             rows.append(row._asdict())
             print(line(row), flush=True)
         sections[name] = {"command": command(), "machine": machine(), "rows": rows}
-        # After each section: a long run that is broken off has not been for nothing.
-        path.write_text(json.dumps(sections, indent=1) + "\n")
-        (args.output / "targets.md").write_text(table(sections))
-    print(f"Written to {args.output}/targets.md")
+        # After each section, so that an interrupted run keeps what it has measured.
+        write(path, json.dumps(sections, indent=1) + "\n")
+        write(args.output_dir / "targets.md", table(sections))
+    print(f"Written to {args.output_dir}/targets.md")
     return sections
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.speed.common import RUNS, Shape, forward
-from benchmarks.speed.contenders import FLOOR, case, decode
+from benchmarks.speed.contenders import case, decode, floors
 from benchmarks.speed.operations import OPERATIONS, operation_case
 from benchmarks.speed.peers import SDPA
 from longctx_layers import LAYERS
 
 SHAPE = Shape(d_model=256, n_heads=4)
 LENGTHS = (1024, 4096)
-NAMES = [SDPA, *LAYERS, *(FLOOR + name for name in LAYERS), *OPERATIONS]
+NAMES = [SDPA, *LAYERS, *floors(LAYERS, SHAPE), *OPERATIONS]
 
 
 @pytest.mark.parametrize("length", LENGTHS)

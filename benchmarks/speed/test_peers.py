@@ -1,4 +1,4 @@
-"""`make bench-peers`: other libraries' layers by length, after a comparison with ours."""
+"""`make bench`: layers of other libraries by length, after a comparison with ours."""
 
 from __future__ import annotations
 

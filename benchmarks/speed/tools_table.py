@@ -1,10 +1,10 @@
-"""Standard tools around DPASSM: what each costs in accuracy, and what it does for speed.
+"""Standard tools applied to DPASSM: what each costs in accuracy, and what it does for speed.
 
     python -m benchmarks.speed.tools_table    (some minutes; docs/integration.md shows its table)
 
-Accuracy: a byte-level model is trained on Python's standard library, and each tool's version of it
-measured on the same files that it never saw. Speed: one layer of a usual width, a prompt and a
-step of one token, eager, compiled, as an AOTInductor package, and with int8 weights (torchao).
+Accuracy: a byte-level model is trained on Python's standard library, and each version of it is
+evaluated on the same held-out files. Speed: a prompt and a step of one token through a layer of a
+usual width, eager, compiled, as an AOTInductor package, and with int8 weights (torchao).
 """
 
 from __future__ import annotations
@@ -14,41 +14,53 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.measuring import command, interleave, machine
-from examples.demo import train
+from benchmarks.speed.measuring import command, interleave
+from benchmarks.speed.training import train_on_text
 from longctx_layers import DPASSM, create_model
+from longctx_layers.command_line import Parser, add_output
 from longctx_layers.data.byte_text import documents, split, stretch
+from longctx_layers.evals import token_losses
 from longctx_layers.files import write
-from longctx_layers.reports.files import add_output
-
-ROOT = Path(__file__).resolve().parents[2]
+from longctx_layers.info import machine
 
 BEGIN, END = "<!-- tools table, begin -->", "<!-- tools table, end -->"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="of training")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--validation-documents", type=int, default=56)
-    parser.add_argument("--text", type=Path, help="a file or folder of text, instead of the stdlib")
-    parser.add_argument("--d-model", type=int, default=768, help="of the layer that is timed")
-    parser.add_argument("--n-heads", type=int, default=12)
-    parser.add_argument("--window-size", type=int, default=128)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--sequence_length", type=int, default=512)
+    parser.add_argument("--validation_documents", type=int, default=56)
+    parser.add_argument(
+        "--text", type=Path, help="a file or folder of text; default: Python's standard library"
+    )
+    parser.add_argument("--d_model", type=int, default=768, help="width of the timed layer")
+    parser.add_argument("--n_heads", type=int, default=12)
+    parser.add_argument("--window_size", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=1024, help="tokens")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--only", choices=("accuracy", "speed"), help="of the two tables")
-    parser.add_argument("--no-compile", action="store_true", help="only what needs no compiler")
+    parser.add_argument("--only", choices=("accuracy", "speed"), help="write only this table")
+    parser.add_argument("--no_compile", action="store_true", help="leave out what needs a compiler")
     add_output(parser, "--output", "bench/tools.md")
-    parser.add_argument("--page", type=Path, help="also into this page, between its two marks")
+    parser.add_argument(
+        "--output_dir",
+        dest="output",
+        type=lambda folder: Path(folder, "tools.md"),
+        default=argparse.SUPPRESS,
+        help="write tools.md into this folder",
+    )
+    parser.add_argument(
+        "--page", type=Path, help="also write the tables into this page, between its two marks"
+    )
     return parser.parse_args(argv)
 
 
@@ -71,7 +83,7 @@ VERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @torch.no_grad()
 def accuracy(args: argparse.Namespace) -> list[str]:
-    """Lines of the table: loss, its difference, agreement on the likeliest byte, bytes."""
+    """Lines of the table: bytes, loss, its change, agreement on the most likely byte."""
     length = 4 * args.sequence_length
     training, held_out = split(documents(args.text, length + 2), seed=0)
     draw = random.Random(1)
@@ -79,9 +91,15 @@ def accuracy(args: argparse.Namespace) -> list[str]:
     torch.manual_seed(0)
     options = {"window_size": 16, "ssm_state_dim": 16}
     model = create_model(256, "tiny", "dpassm", block_kwargs=options)
-    settings = argparse.Namespace(**vars(args), learning_rate=2e-3, seed=0)
     with torch.enable_grad():
-        train("dpassm", model, training, settings)
+        train_on_text(
+            "dpassm",
+            model,
+            training,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            sequence_length=args.sequence_length,
+        )
     lines = [
         "| weights | bytes | loss, nats per byte | more than float32 | same likeliest byte |",
         "|---|---|---|---|---|",
@@ -89,7 +107,8 @@ def accuracy(args: argparse.Namespace) -> list[str]:
     reference: tuple[Tensor, Tensor] | None = None
     for name, version in VERSIONS.items():
         changed = version(deepcopy(model)).eval()
-        losses, likeliest = score(changed, checks)
+        losses = token_losses(changed, checks, tokens_at_once=length)
+        likeliest = most_likely(changed, checks)
         reference = reference or (losses, likeliest)
         more = (losses - reference[0]).mean().item()
         same = (likeliest == reference[1]).double().mean().item()
@@ -100,14 +119,9 @@ def accuracy(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def score(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and likeliest byte at each position, `[n, T]`."""
-    losses, likeliest = [], []
-    for row in ids:
-        logits = model(row[None, :-1])[0].float()
-        losses.append(nn.functional.cross_entropy(logits, row[1:], reduction="none"))
-        likeliest.append(logits.argmax(-1))
-    return torch.stack(losses), torch.stack(likeliest)
+def most_likely(model: nn.Module, ids: Tensor) -> Tensor:
+    """The most likely byte at each position, `[n, T]`."""
+    return torch.cat([model(row[None, :-1]).argmax(-1) for row in ids])
 
 
 def size(module: nn.Module) -> int:
@@ -115,7 +129,9 @@ def size(module: nn.Module) -> int:
     stored = 0
     for parameter in module.parameters():
         parts = [parameter]
-        if hasattr(parameter, "__tensor_flatten__"):  # a quantized weight is several tensors
+        if hasattr(
+            parameter, "__tensor_flatten__"
+        ):  # a quantized weight consists of several tensors
             parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
         stored += sum(part.nbytes for part in parts)
     return stored
@@ -125,7 +141,7 @@ def size(module: nn.Module) -> int:
 
 
 class Step(nn.Module):
-    """A layer by position, its state a plain tuple, as exporters take it."""
+    """A layer in the form that exporters need: positional arguments, the state a plain tuple."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -145,45 +161,31 @@ def package(layer: nn.Module, inputs: tuple[Any, ...], folder: Path) -> Callable
 
 
 def versions(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Contenders by name: a prompt and a step, ready to be called."""
+    """Names, and for each a prompt and a step of one token, ready to be called."""
     torch.manual_seed(0)
     layer = DPASSM(args.d_model, args.n_heads, window_size=args.window_size).eval()
     prompt, token = (torch.randn(1, n, args.d_model) for n in (args.prompt, 1))
     for name, version in VERSIONS.items():
         changed = version(deepcopy(layer))
-        x, one = (z.bfloat16() if name == "bfloat16" else z for z in (prompt, token))
+        x = prompt.bfloat16() if name == "bfloat16" else prompt
+        x_next = token.bfloat16() if name == "bfloat16" else token
         _, state = changed(x)
-        yield (
-            name,
-            {
-                "prompt": lambda f=changed, x=x: f(x),
-                "step": lambda f=changed, x=one, s=state: f(x, s),
-            },
-        )
+        yield name, {"prompt": partial(changed, x), "step": partial(changed, x_next, state)}
         if args.no_compile:
             continue
         compiled = torch.compile(changed, dynamic=False)
-        yield (
-            f"{name}, torch.compile",
-            {
-                "prompt": lambda f=compiled, x=x: f(x),
-                "step": lambda f=compiled, x=one, s=state: f(x, s),
-            },
-        )
+        calls = {"prompt": partial(compiled, x), "step": partial(compiled, x_next, state)}
+        yield f"{name}, torch.compile", calls
         if name == "float32":
-            whole, single = (package(changed, z, folder) for z in ((x,), (one, tuple(state))))
-            yield (
-                f"{name}, AOTInductor",
-                {
-                    "prompt": lambda f=whole, x=x: f(x),
-                    "step": lambda f=single, x=one, s=state: f(x, s),
-                },
-            )
+            whole = package(changed, (x,), folder)
+            single = package(changed, (x_next, tuple(state)), folder)
+            calls = {"prompt": partial(whole, x), "step": partial(single, x_next, state)}
+            yield f"{name}, AOTInductor", calls
 
 
 @torch.no_grad()
 def speed(args: argparse.Namespace) -> list[str]:
-    """Lines of the table: medians of interleaved rounds, and their ratio to eager float32."""
+    """Lines of the table: medians of interleaved rounds, and their ratios to eager float32."""
     with tempfile.TemporaryDirectory() as folder:
         contenders = dict(versions(args, Path(folder)))
         times = {
@@ -200,9 +202,9 @@ def speed(args: argparse.Namespace) -> list[str]:
     ]
     for name in contenders:
         cells = [name]
-        for taken in times.values():
-            median = taken[name].median
-            cells += [f"{1e3 * median:.3g} ms", f"{median / taken['float32'].median:.2f} x"]
+        for timings in times.values():
+            median = timings[name].median
+            cells += [f"{1e3 * median:.3g} ms", f"{median / timings['float32'].median:.2f} x"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -211,10 +213,10 @@ def speed(args: argparse.Namespace) -> list[str]:
 
 
 def insert(page: Path, text: str) -> None:
-    """Put the text between the page's two marks."""
+    """Replace what is between the page's two marks by the text."""
     content = page.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ValueError(f"{page}: expected the lines {BEGIN!r} and {END!r} once each; add them")
+        raise ValueError(f"{page}: expected the lines {BEGIN!r} and {END!r}, once each; add them")
     before, rest = content.split(BEGIN)
     write(page, f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> str:
         lines += [
             f"A byte-level DPASSM of a million parameters, after {args.steps} steps of training, "
             f"on {4 * args.sequence_length:,} bytes of each of {args.validation_documents} files "
-            "that it never saw:",
+            "that were held out:",
             "",
             *accuracy(args),
             "",

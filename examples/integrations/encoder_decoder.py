@@ -1,9 +1,10 @@
-"""The decoder of an encoder-decoder: our layer over its own tokens, nn.MultiheadAttention across.
+"""An encoder-decoder model whose decoder uses a layer of this library for self-attention.
 
     python examples/integrations/encoder_decoder.py
 
-Only causal self-attention is ours to replace. The encoder sees both ways and cross-attention has
-no order: they stay what they are. Decoding keeps a state for each block, and the encoder's memory.
+The layers are causal, so they replace the decoder's self-attention only. The bidirectional encoder
+and cross-attention stay nn.MultiheadAttention. During decoding, each block has a state, and the
+encoder's output is computed once.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ class DecoderBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(d_model)
         self.cross_attention = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
         self.ffn = nn.Sequential(
-            nn.LayerNorm(d_model), nn.Linear(d_model, 4 * d_model), nn.GELU(),
+            nn.LayerNorm(d_model),
+            nn.Linear(d_model, 4 * d_model),
+            nn.GELU(),
             nn.Linear(4 * d_model, d_model),
-        )  # fmt: skip
+        )
 
     def forward(
         self, x: Tensor, memory: Tensor, memory_pads: Tensor | None, state: Any
     ) -> tuple[Tensor, Any]:
         y, state = self.self_attention(self.self_norm(x), state)
         x = x + y
+        query = self.cross_norm(x)
         y, _ = self.cross_attention(
-            self.cross_norm(x), memory, memory,
-            key_padding_mask=memory_pads, need_weights=False,
-        )  # fmt: skip
+            query, memory, memory, key_padding_mask=memory_pads, need_weights=False
+        )
         x = x + y
         return x + self.ffn(x), state
 
@@ -54,7 +57,7 @@ class EncoderDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, d_model)
-        # The encoder and cross-attention know no order; our layers have their own positions.
+        # For the encoder and cross-attention; the decoder's layers encode positions themselves.
         self.positions = nn.Embedding(longest_source, d_model)
         layer = nn.TransformerEncoderLayer(
             d_model, n_heads, 4 * d_model, dropout=0.0, batch_first=True, norm_first=True
@@ -76,17 +79,19 @@ class EncoderDecoder(nn.Module):
         memory_pads: Tensor | None = None,
         states: list[Any] | None = None,
     ) -> tuple[Tensor, list[Any]]:
-        """Logits `[B, T, V]` of what follows each token of the target, and the blocks' states."""
-        x, new = self.embedding(target), []
+        """Logits `[B, T, V]` of the token after each target token, and the states of the blocks."""
+        x = self.embedding(target)
+        new_states = []
         for block, state in zip(self.decoder, states or [None] * len(self.decoder), strict=True):
             x, state = block(x, memory, memory_pads, state)
-            new.append(state)
-        return self.head(x), new
+            new_states.append(state)
+        return self.head(x), new_states
 
     @torch.no_grad()
     def generate(self, source: Tensor, begin: int, length: int) -> Tensor:
-        """The likeliest target of `length` tokens, token by token."""
-        memory, states = self.encode(source), None
+        """Greedy decoding of `length` tokens after the token `begin`."""
+        memory = self.encode(source)
+        states = None
         tokens = [torch.full_like(source[:, :1], begin)]
         for _ in range(length):
             logits, states = self.decode(tokens[-1], memory, states=states)
@@ -98,7 +103,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = EncoderDecoder(20, window_size=8, ssm_state_dim=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(200):  # say the source after 0
+    for step in range(200):  # learn to repeat the source; 0 begins the target
         source = torch.randint(1, 20, (16, 12))
         target = torch.cat([torch.zeros(16, 1, dtype=torch.int64), source[:, :-1]], dim=1)
         logits, _ = model.decode(target, model.encode(source))
@@ -109,8 +114,8 @@ def main() -> None:
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     model.eval()
-    right = (model.generate(source, 0, 12) == source).float().mean()
-    print(f"generated {100 * right:.0f} % of the tokens right")
+    accuracy = (model.generate(source, 0, 12) == source).float().mean()
+    print(f"generated {100 * accuracy:.0f} % of the tokens right")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""torch's own nn.TransformerEncoder, made causal and linear: only its attention is exchanged.
+"""Replace the attention of torch's nn.TransformerEncoder, so that its cost is linear.
 
     python examples/integrations/encoder_stack.py
 
-`replace_attention` takes the weights of every nn.MultiheadAttention over, so it serves a trained
-model as well. The stack is called as before; `src_key_padding_mask` goes on working.
+`replace_attention` copies the weights of every nn.MultiheadAttention, so it also works on a trained
+causal model. The stack is called as before, with `src_key_padding_mask` if there is padding.
 """
 
 from __future__ import annotations
@@ -11,34 +11,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from longctx_layers import Projection, build_layer
 
 
 def layer_from(attention: nn.MultiheadAttention, block: str, **options: Any) -> nn.Module:
-    """A causal layer with the projections of an nn.MultiheadAttention, which has no positions."""
+    """A causal layer with the weights of an nn.MultiheadAttention, and no position encoding."""
     if not attention._qkv_same_embed_dim or attention.bias_k is not None:
         raise ValueError("attention: expected self-attention with in_proj_weight, without bias_kv")
-    biased = attention.in_proj_bias is not None
+    has_bias = attention.in_proj_bias is not None
     layer = build_layer(
-        block, attention.embed_dim, attention.num_heads, rope_base=None,
-        dropout=attention.dropout, projection=Projection(bias=biased, out_bias=biased), **options,
-    )  # fmt: skip
-    with torch.no_grad():
-        for n, part in enumerate((layer.q_proj, layer.k_proj, layer.v_proj)):
-            part.weight.copy_(attention.in_proj_weight.chunk(3)[n])
-            if biased:
-                part.bias.copy_(attention.in_proj_bias.chunk(3)[n])
-        layer.o_proj.load_state_dict(attention.out_proj.state_dict())
+        block,
+        attention.embed_dim,
+        attention.num_heads,
+        rope_base=None,
+        dropout=attention.dropout,
+        projection=Projection(bias=has_bias, out_bias=has_bias),
+        **options,
+    )
+    parts = {"weight": rearrange(attention.in_proj_weight, "(qkv o) i -> qkv o i", qkv=3)}
+    if has_bias:
+        parts["bias"] = rearrange(attention.in_proj_bias, "(qkv o) -> qkv o", qkv=3)
+    for n, projection in enumerate((layer.q_proj, layer.k_proj, layer.v_proj)):
+        projection.load_state_dict({name: part[n] for name, part in parts.items()})
+    layer.o_proj.load_state_dict(attention.out_proj.state_dict())
     return layer.to(attention.out_proj.weight).train(attention.training)
 
 
 class CausalSelfAttention(nn.Module):
-    """One of our layers, called as nn.MultiheadAttention is for self-attention."""
+    """A layer of this library with the call of nn.MultiheadAttention for self-attention."""
 
-    # What nn.TransformerEncoder looks at; without a bias it never takes its fused path.
-    batch_first, _qkv_same_embed_dim, in_proj_bias = True, True, None
+    # nn.TransformerEncoder reads these. Without a bias it never takes its fused path.
+    batch_first = True
+    _qkv_same_embed_dim = True
+    in_proj_bias = None
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -53,11 +61,15 @@ class CausalSelfAttention(nn.Module):
         **unused: Any,
     ) -> tuple[Tensor, None]:
         if key is not query or value is not query:
-            raise ValueError("expected self-attention, got other keys: leave cross-attention alone")
+            raise ValueError(
+                "expected self-attention, got other keys; keep nn.MultiheadAttention there"
+            )
         segment_ids = None
-        if (pads := key_padding_mask) is not None:
-            # True at pads, or -inf once a stack has passed it on.
-            segment_ids = -(pads < 0 if pads.is_floating_point() else pads).long()
+        if key_padding_mask is not None:
+            is_padding = key_padding_mask
+            if is_padding.is_floating_point():  # the stack turns booleans into 0 and -inf
+                is_padding = is_padding < 0
+            segment_ids = -is_padding.long()
         y, _ = self.layer(query, segment_ids=segment_ids)
         return y, None
 
@@ -65,10 +77,10 @@ class CausalSelfAttention(nn.Module):
 def replace_attention(
     encoder: nn.TransformerEncoder, block: str, **options: Any
 ) -> nn.TransformerEncoder:
-    """Exchange the attention of every layer, in place."""
+    """Replace the attention of every layer, in place."""
     for layer in encoder.layers:
         if not layer.self_attn.batch_first:
-            raise ValueError("encoder: expected batch_first=True, as our layers have it")
+            raise ValueError("encoder: expected batch_first=True, got False; build it with that")
         layer.self_attn = CausalSelfAttention(layer_from(layer.self_attn, block, **options))
     return encoder
 

@@ -1,10 +1,10 @@
-"""A LightningModule around a layer of ours, with truncated back-propagation through its state.
+"""A LightningModule with a layer of this library, trained by truncated back-propagation.
 
     pip install lightning
     python examples/integrations/lightning_module.py
 
-A label says who has the majority of some fifty votes, of which the window shows the last few only.
-The votes are cut into pieces; the state goes from batch to batch, without its gradients.
+The task is to tell the majority of about the last fifty votes, of which the window shows eight. The
+sequences are cut into batches; the state is carried from one to the next, without its gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from longctx_layers import DPASSM, detach_state
 
-FADING = 0.98
+DECAY = 0.98  # of a vote's weight per token
 
 
 class Tagger(L.LightningModule):
@@ -34,7 +34,7 @@ class Tagger(L.LightningModule):
         self.state: Any = None
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Tokens `[B, T]` to logits `[B, T, 2]`, and the state behind it."""
+        """Map tokens `[B, T]` to logits `[B, T, 2]`, and return the state after them."""
         h = self.embed(x)
         y, state = self.layer(self.norm(h), state)
         return self.head(h + y), state
@@ -55,10 +55,12 @@ class Tagger(L.LightningModule):
 
 
 class Votes(IterableDataset):
-    """Random votes in pieces that follow each other: who has the majority of the last 50 or so?"""
+    """Batches of consecutive random votes, with the majority of about the last 50 as labels."""
 
     def __init__(self, rows: int = 16, length: int = 64, pieces: int = 20) -> None:
-        self.rows, self.length, self.pieces = rows, length, pieces
+        self.rows = rows
+        self.length = length
+        self.pieces = pieces
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         draw = torch.Generator().manual_seed(0)
@@ -66,8 +68,8 @@ class Votes(IterableDataset):
         age = torch.arange(1, self.length + 1)
         for _ in range(self.pieces):
             votes = torch.randint(0, 2, (self.rows, self.length), generator=draw)
-            fading = ((2 * votes - 1) / FADING**age).cumsum(1)
-            totals = (total + fading) * FADING**age
+            added = ((2 * votes - 1) / DECAY**age).cumsum(1)
+            totals = (total + added) * DECAY**age
             total = totals[:, -1:]
             yield votes, (totals > 0).long()
 

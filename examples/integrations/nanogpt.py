@@ -2,8 +2,9 @@
 
     python examples/integrations/nanogpt.py
 
-The class `CausalSelfAttention` becomes a layer. `Block` and `GPT` pass its state on, and `advance`
-is all that the library's `generate` needs. There is no block_size: no table of positions, no limit.
+The class `CausalSelfAttention` becomes a layer. `Block` and `GPT` pass its state through, and with
+`advance` the library's `generate` serves the model. There is no block_size, since there is no table
+of positions: sequences may have any length.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss, new_states
 
-    # What `generate` needs of a model.
+    # The protocol of `generate`: vocab_size, device and advance.
 
     @property
     def vocab_size(self) -> int:

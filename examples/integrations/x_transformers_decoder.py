@@ -1,10 +1,10 @@
-"""A decoder of x-transformers with its attention replaced, cached generation included.
+"""Replace the attention of an x-transformers decoder; cached generation works as before.
 
     pip install x-transformers
     python examples/integrations/x_transformers_decoder.py
 
-The wrapper's positions stay (here the absolute ones), so the layers get rope_base=None. Their state
-takes the place of cached keys and values; beams are reordered by x-transformers as before.
+The wrapper keeps its positions (here absolute embeddings), so the layers get rope_base=None. Their
+state takes the place of cached keys and values, and x-transformers reorders its rows for beams.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from x_transformers import Attention, AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.attend import Intermediates
@@ -20,21 +21,31 @@ from longctx_layers import Projection, build_layer
 
 
 class LongContextAttention(nn.Module):
-    """One of our layers, called as x-transformers calls its attention."""
+    """A layer of this library with the call of x-transformers' attention."""
 
     def __init__(self, original: Attention, d_model: int, block: str, **options: Any) -> None:
         super().__init__()
-        q, o = original.to_q.weight, original.to_out.weight
-        head_dim = len(q) // original.heads
+        q = original.to_q.weight
         self.layer = build_layer(
-            block, d_model, original.heads, rope_base=None, n_kv_heads=original.kv_heads,
-            projection=Projection(head_dim=head_dim), device=q.device, dtype=q.dtype, **options,
-        )  # fmt: skip
-        weights = {"k_proj": original.to_k.weight, "v_proj": original.to_v.weight}
-        # Query heads that share a key head stand apart in theirs, and together in ours.
-        groups = (original.heads // original.kv_heads, original.kv_heads, head_dim)
-        weights["q_proj"] = q.unflatten(0, groups).transpose(0, 1).flatten(0, 2)
-        weights["o_proj"] = o.unflatten(1, groups).transpose(1, 2).flatten(1, 3)
+            block,
+            d_model,
+            original.heads,
+            rope_base=None,
+            n_kv_heads=original.kv_heads,
+            projection=Projection(head_dim=len(q) // original.heads),
+            device=q.device,
+            dtype=q.dtype,
+            **options,
+        )
+        # There, query head r * kv_heads + g shares key head g; here, the heads of a group are
+        # neighbours.
+        groups = {"g": original.kv_heads, "r": original.heads // original.kv_heads}
+        weights = {
+            "q_proj": rearrange(q, "(r g p) d -> (g r p) d", **groups),
+            "k_proj": original.to_k.weight,
+            "v_proj": original.to_v.weight,
+            "o_proj": rearrange(original.to_out.weight, "d (r g p) -> d (g r p)", **groups),
+        }
         with torch.no_grad():
             for name, weight in weights.items():
                 getattr(self.layer, name).weight.copy_(weight)
@@ -53,13 +64,13 @@ class LongContextAttention(nn.Module):
         y, state = self.layer(x, self.unpack(cache, len(x)), segment_ids=segment_ids)
         if not return_intermediates:
             return y
-        # Their cache takes tensors [batch, ..., tokens, dim], reorders rows and trims tokens.
-        return y, Intermediates(
-            cached_kv=tuple(t.reshape(len(t), 1, t.shape[1:].numel()) for t in state)
-        )
+        # The cache holds tensors [batch, ..., tokens, dim]; x-transformers reorders rows and trims
+        # tokens. So each tensor of the state is a single token there.
+        cached = tuple(t.reshape(len(t), 1, t.shape[1:].numel()) for t in state)
+        return y, Intermediates(cached_kv=cached)
 
     def unpack(self, cache: Intermediates | None, batch_size: int) -> Any:
-        """The state in a cache; of blocks whose state has a constant size."""
+        """The state that a cache holds; only for layers whose state has a constant size."""
         if cache is None:
             return None
         shapes = [t.shape for t in self.layer.init_state(batch_size)]
@@ -68,7 +79,7 @@ class LongContextAttention(nn.Module):
 
 
 def replace_attention(model: TransformerWrapper, block: str, **options: Any) -> TransformerWrapper:
-    """Exchange every self-attention of a decoder, in place."""
+    """Replace every self-attention of a decoder, in place."""
     stack = model.attn_layers
     for kind, layer in zip(stack.layer_types, stack.layers, strict=True):
         if kind == "a":

@@ -1,4 +1,4 @@
-"""The state of a converted layer, in the place of keys and values in a cache of transformers."""
+"""Keep the states of converted layers in a transformers cache, in place of keys and values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from longctx_layers.transformers_calls.documents import record_pads
 
 
 class StateCacheLayer(CacheLayerMixin):
-    """What a cache holds for a converted layer: its state, and the columns that it has seen.
+    """One layer's entry in a transformers cache: a state instead of keys and values.
 
     Attributes:
         state: the layer's state, or None before the first call.
-        seen: columns of all calls, pads included: the length as transformers counts it.
-        pads: `[B, n]` bool, which of the columns were pads; those after the n were tokens. None
-            without pads.
+        seen: number of columns read so far, including padding: the length in transformers' sense.
+        pads: `[B, n]` bool, which of the first n columns were padding; later columns were tokens.
+            None if there was no padding.
     """
 
     is_sliding = False
@@ -34,56 +34,61 @@ class StateCacheLayer(CacheLayerMixin):
         self.seen = 0
         self.pads: Tensor | None = None
 
-    def advance(self, state: Any, length: int, segment_ids: Tensor | None) -> None:
-        """Take over the state after a call of `length` columns with these segments."""
+    def record(self, state: Any, length: int, segment_ids: Tensor | None) -> None:
+        """Take over the state after a call of `length` columns with these segment ids."""
         self.pads = record_pads(self.pads, self.seen, segment_ids)
-        self.state, self.seen, self.is_initialized = state, self.seen + length, True
+        self.state = state
+        self.seen += length
+        self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: there are no keys to make room for."""
+        """Do nothing: there are no keys to allocate."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> NoReturn:
-        """Refused: a converted layer never hands out keys and values."""
+        """Raise RuntimeError: there are no keys and values to append to."""
         raise RuntimeError(
-            "StateCacheLayer: expected the converted layer that it belongs to, got keys and values "
-            "of another; begin with a new cache for each model"
+            "StateCacheLayer: expected to be used by a converted layer, got keys and values of "
+            "another model; use a new cache for each model"
         )
 
     def get_seq_length(self) -> int:
-        """Columns seen so far."""
+        """Return the number of columns read so far."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns and offset of a mask: those of full attention, for layers that kept theirs."""
+        """Return the size and offset of a mask for layers that kept their full attention."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1, as there is no limit."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name in early versions of transformers 5
 
     def reset(self) -> None:
-        """Begin again."""
-        self.state, self.seen, self.pads, self.is_initialized = None, 0, None, False
+        """Empty the cache."""
+        self.state = None
+        self.seen = 0
+        self.pads = None
+        self.is_initialized = False
 
     def offload(self) -> None:
-        """Nothing: a state is small."""
+        """Do nothing: a state is small."""
 
     def prefetch(self) -> None:
-        """Nothing, likewise."""
+        """Do nothing: nothing was offloaded."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take these rows (beams) in this order."""
+        """Select rows (beams) by index, `[n]`, in that order."""
         self._map(lambda tensors: select_rows(tensors, beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
+        """Select rows by index, `[n]` in that order, or by a bool mask `[B]`."""
         rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
         self.reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
+        """Repeat each row, next to itself."""
         self._map(lambda tensors: map_state(lambda x: x.repeat_interleave(repeats, dim=0), tensors))
 
     def _map(self, change: Callable[[Any], Any]) -> None:
@@ -93,57 +98,59 @@ class StateCacheLayer(CacheLayerMixin):
             (self.pads,) = change((self.pads,))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused, but for no tokens: what a state has taken in cannot be taken out again."""
+        """Raise ValueError unless there is nothing to remove: a state cannot be rewound."""
         if tokens_to_remove:
             raise ValueError(
                 f"crop: expected 0 tokens to remove, got {tokens_to_remove}; a converted layer's "
-                "state cannot go back: copy the cache (copy.deepcopy) before the tokens that may "
-                "be withdrawn, and generate without an assistant or prompt lookup"
+                "state cannot be rewound: copy the cache (copy.deepcopy) before tokens that may "
+                "have to be removed, and generate without an assistant or prompt lookup"
             )
 
 
-def state_layer(cache: Any) -> StateCacheLayer | None:
-    """The first layer of a cache that holds a state; None without one."""
+def first_state_layer(cache: Any) -> StateCacheLayer | None:
+    """Return the first entry of a cache that holds a state; None if there is none."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     layers = cache.layers if isinstance(cache, Cache) else []
-    found = (layer for layer in layers if isinstance(layer, StateCacheLayer))
-    return next((layer for layer in found if layer.state is not None), None)
+    state_layers = (layer for layer in layers if isinstance(layer, StateCacheLayer))
+    return next((layer for layer in state_layers if layer.state is not None), None)
 
 
 def cache_layer(cache: Any, index: int) -> StateCacheLayer:
-    """The place of layer `index` in a cache, made ours on the first call.
+    """Return the entry of layer `index` in a cache; at the first call, put a new one there.
 
     Raises:
-        TypeError: for caches of another kind, or static ones.
-        ValueError: if it holds keys and values of the model before its conversion.
+        TypeError: for other kinds of cache, and static ones.
+        ValueError: if the cache holds keys and values from before the model was converted.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if not isinstance(cache, Cache):
         raise TypeError(
             f"past_key_values: expected a Cache of transformers, got a {type(cache).__name__}; "
-            "pass DynamicCache(config=model.config), or nothing"
+            "pass DynamicCache(config=model.config), or leave it out"
         )
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) <= index:
         raise TypeError(
-            f"past_key_values: expected a DynamicCache, got a {type(cache).__name__} without a "
-            f"place for layer {index}; pass DynamicCache(config=model.config), or nothing"
+            f"past_key_values: expected a DynamicCache, got a {type(cache).__name__} without an "
+            f"entry for layer {index}; pass DynamicCache(config=model.config), or leave it out"
         )
     layer: Any = cache.layers[index]
     if isinstance(layer, StateCacheLayer):
         return layer
     if isinstance(layer, StaticLayer):
         raise TypeError(
-            f"past_key_values: expected a DynamicCache, got a {type(cache).__name__}; leave "
-            "cache_implementation out: a converted layer's state has a fixed size as it is"
+            f"past_key_values: expected a DynamicCache, got a {type(cache).__name__}; do not set "
+            "cache_implementation: the state of a converted layer has a fixed size anyway"
         )
     if layer.get_seq_length():
         raise ValueError(
             "past_key_values: expected an empty cache or one of the converted model, got one with "
-            f"{layer.get_seq_length()} tokens of the model before its conversion; begin anew"
+            f"keys and values of {layer.get_seq_length()} tokens from before its conversion; start "
+            "with a new cache"
         )
-    cache.layers[index] = ours = StateCacheLayer()
-    return ours
+    state_layer = StateCacheLayer()
+    cache.layers[index] = state_layer
+    return state_layer

@@ -1,6 +1,7 @@
-"""What a converted model does differently from its class in transformers.
+"""The classes of converted models.
 
-A model that generates gets a subclass of its class, of the same name, whose `generate` marks pads.
+A converted model that can generate becomes an instance of a subclass of its transformers class. The
+subclass has the same name, and its `generate` marks padding in the attention mask.
 """
 
 from __future__ import annotations
@@ -14,38 +15,39 @@ from longctx_layers.transformers_calls.generation import GeneratesWithPads
 
 
 class ConvertedModel:
-    """Mixin before a model of transformers."""
+    """Mixin, placed before the transformers class, that makes converted models picklable."""
 
     _base: type[PreTrainedModel]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Under the name of this class, pickle finds that of transformers.
+        # By the name of this class, pickle would find the original class.
         reduced: Any = super().__reduce_ex__(protocol)
         return (_empty, (self._base,), *reduced[2:])
 
 
 def converted_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The subclass of a model's class for its converted models, always the same one.
+    """Return the subclass of a transformers class for converted models; one for each class.
 
-    A class that does not generate needs none, and is returned itself.
+    A class that cannot generate needs none and is returned itself.
     """
     if issubclass(base, ConvertedModel) or not issubclass(base, GenerationMixin):
         return base
     if "_converted" not in vars(base):
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_base": base}
-        made = type(base.__name__, (ConvertedModel, GeneratesWithPads, base), names)
-        base._converted = made  # type: ignore[attr-defined]
+        members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_base": base}
+        subclass = type(base.__name__, (ConvertedModel, GeneratesWithPads, base), members)
+        base._converted = subclass  # type: ignore[attr-defined]
     return base._converted  # type: ignore[attr-defined]
 
 
 def adopt(model: nn.Module, decoder: PreTrainedModel) -> None:
-    """Give the models around a decoder that generate their converted classes."""
+    """Change the classes of the models that contain the decoder, itself included."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and decoder in set(module.modules()):
-            kind: Any = type(module)
-            module.__class__ = converted_class(kind)
+            original: Any = type(module)
+            module.__class__ = converted_class(original)
 
 
 def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:
-    made = converted_class(base)
-    return made.__new__(made)
+    """Make an instance of the converted class without calling `__init__`, for unpickling."""
+    subclass = converted_class(base)
+    return subclass.__new__(subclass)

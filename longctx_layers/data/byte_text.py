@@ -1,58 +1,75 @@
-"""Bytes as tokens: documents of a folder, a split of them, and windows at random places."""
+"""Bytes as tokens, for small experiments: documents, a split of them, and windows at random places.
+
+>>> training, validation = split(documents(None, 2000), seed=0)
+>>> windows(training, count=2, length=16, draw=random.Random(0)).shape
+torch.Size([2, 17])
+"""
 
 from __future__ import annotations
 
 import random
-import sysconfig
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+from longctx_layers.data.sources import stdlib
 
 
 def documents(text: Path | None, shortest: int) -> list[bytes]:
-    """Documents of at least `shortest` bytes, in a fixed order.
+    """Read documents of at least `shortest` bytes, in a fixed order.
+
+    Args:
+        text: a folder, whose files are the documents, or one file, which is cut into documents;
+            None for the source files of Python's standard library.
+        shortest: shorter documents are left out.
 
     Raises:
         ValueError: if there are fewer than ten.
     """
-    root = Path(sysconfig.get_path("stdlib")) if text is None else text
-    pattern = "*.py" if text is None else "*"
-    paths = [root] if root.is_file() else sorted(root.rglob(pattern))
-    found = []
-    for path in paths:
-        if path.is_file() and not SKIPPED & set(path.relative_to(root).parts):
-            found.append(path.read_bytes())
-    if root.is_file():  # one file is cut into documents
-        size = max(4 * shortest, len(found[0]) // 50)
-        found = [found[0][i : i + size] for i in range(0, len(found[0]), size)]
-    found = [document for document in found if len(document) >= shortest]
-    if len(found) < 10:
+    if text is None:
+        root = stdlib.root()
+        paths = stdlib.source_files()
+    elif text.is_file():
+        root = text
+        paths = [text]
+    else:
+        root = text
+        paths = [p for p in sorted(text.rglob("*")) if not stdlib.SKIPPED & set(_parts(p, text))]
+    contents = [path.read_bytes() for path in paths if path.is_file()]
+    if root.is_file():
+        (content,) = contents
+        size = max(4 * shortest, len(content) // 50)
+        contents = [content[i : i + size] for i in range(0, len(content), size)]
+    contents = [content for content in contents if len(content) >= shortest]
+    if len(contents) < 10:
         raise ValueError(
             f"text: expected at least 10 documents of {shortest} bytes under {root}, found "
-            f"{len(found)}; pass --text with a longer file or folder, or a shorter length"
+            f"{len(contents)}; pass --text with a longer file or folder, or a shorter length"
         )
-    return found
+    return contents
 
 
-def split(found: list[bytes], seed: int) -> tuple[list[bytes], list[bytes]]:
-    """Training and validation documents: one in eight is held out."""
-    found = list(found)
-    random.Random(seed).shuffle(found)
-    held_out = max(2, len(found) // 8)
-    return found[held_out:], found[:held_out]
+def _parts(path: Path, root: Path) -> tuple[str, ...]:
+    return path.relative_to(root).parts
 
 
-def windows(found: list[bytes], count: int, length: int, draw: random.Random) -> Tensor:
-    """`[count, length + 1]` ids: windows at random places, documents weighted by length."""
-    drawn = draw.choices(found, weights=[len(d) for d in found], k=count)
+def split(contents: list[bytes], seed: int) -> tuple[list[bytes], list[bytes]]:
+    """Split documents into training and validation; one in eight is held out, at least two."""
+    contents = list(contents)
+    random.Random(seed).shuffle(contents)
+    held_out = max(2, len(contents) // 8)
+    return contents[held_out:], contents[:held_out]
+
+
+def windows(contents: list[bytes], count: int, length: int, draw: random.Random) -> Tensor:
+    """Ids `[count, length + 1]` from random places; longer documents are drawn more often."""
+    drawn = draw.choices(contents, weights=[len(d) for d in contents], k=count)
     return torch.stack([stretch(document, length, draw) for document in drawn])
 
 
 def stretch(document: bytes, length: int, draw: random.Random) -> Tensor:
-    """`[length + 1]` ids from a random place."""
+    """Ids `[length + 1]` from a random place of a document."""
     begin = draw.randrange(len(document) - length)
     part = bytearray(document[begin : begin + length + 1])
     return torch.frombuffer(part, dtype=torch.uint8).long()

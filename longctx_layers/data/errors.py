@@ -1,4 +1,4 @@
-"""Errors that the training program reports in one line."""
+"""Errors about data, which the programs report in one line."""
 
 
 class DataError(ValueError):

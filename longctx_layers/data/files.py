@@ -1,7 +1,7 @@
-"""Files as bytes and lines: what they hold, whatever compressed and encoded them.
+"""Files as bytes and lines, whatever their compression and encoding.
 
-The content decides before the suffix, which is often wrong or missing. A format that is not read is
-refused by its name.
+The content decides before the suffix, which is often wrong or missing. The error about a format
+that is not supported names it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, cast
 
 from longctx_layers.data.errors import DataError
 
-HEAD = 1024  # bytes that tell what a file is
-JSON_HEAD = 1 << 16  # characters that tell whether a text file is JSON
+HEAD = 1024  # bytes that show what a file is
+JSON_HEAD = 1 << 16  # characters that show whether a text file is JSON
 SUFFIXES = {
     "json": (".json", ".jsonl", ".ndjson", ".jsonlines", ".jl"),
     "csv": (".csv", ".tsv", ".tab"),
@@ -66,8 +66,12 @@ JSON_RECORD = re.compile(r'\s*(\[\s*)*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 def failing_as(path: Path, what: str) -> Iterator[None]:
     """Turn the errors of the libraries that read files into one that names the file.
 
+    Args:
+        path: of the file that is read.
+        what: the file was expected to be.
+
     Raises:
-        DataError: for a file that is not what it seems, damaged or cut short.
+        DataError: for a file that is damaged, cut short, or something else.
     """
     try:
         yield
@@ -82,7 +86,7 @@ def failing_as(path: Path, what: str) -> Iterator[None]:
         lzma.LZMAError,
     ) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's own, which names the file
+            raise  # an error of the disk, which names the file
         raise DataError(
             f"{path}: expected {what}, got one that cannot be read ({error}); write it again, or "
             "remove it"
@@ -97,7 +101,7 @@ def compression(path: Path) -> str | None:
 
 
 def opened(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed if it is compressed."""
+    """Open a file for reading bytes; a compressed one is decompressed."""
     codec = compression(path)
     if codec is None:
         return path.open("rb")
@@ -110,11 +114,11 @@ def opened(path: Path) -> BinaryIO:
 
 
 def kind_of(path: Path) -> str:
-    """`text`, `json`, `csv`, `parquet` or `arrow`.
+    """The kind of a file: `text`, `json`, `csv`, `parquet` or `arrow`.
 
     Raises:
-        DataError: for a known format that is not read, and one whose content is not what its
-            suffix says.
+        DataError: for a format that is not supported, and for content that is not what the suffix
+            says.
     """
     with failing_as(path, "a whole file"), opened(path) as file:
         head = file.read(HEAD)
@@ -143,15 +147,19 @@ def kind_of(path: Path) -> str:
 
 
 def plain_suffix(path: Path) -> str:
-    """The suffix in small letters, without that of a compression."""
-    suffixes = [one.lower() for one in path.suffixes]
+    """The suffix in lower case, without that of a compression.
+
+    >>> plain_suffix(Path("notes.JSONL.gz"))
+    '.jsonl'
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
 def check_no_records(path: Path) -> None:
-    """Raise for JSON under the name of a text file, which would be trained on as it is written."""
+    """Raise DataError for JSON under the name of a text file: a model would learn its syntax."""
     with opened(path) as file:
         encoding = encoding_of(file.read(4))
     start = ""
@@ -170,15 +178,15 @@ def check_no_records(path: Path) -> None:
 
 
 def _is_json(start: str, cut: bool) -> bool:
-    """Whether a text begins with a record, or is arrays, objects or several strings throughout.
+    """Whether a text begins with a record, or consists of arrays, objects or several strings.
 
-    Numbers alone and one quoted line are taken for text.
+    Only numbers, and one quoted line, count as text.
 
     Args:
         cut: whether it is the beginning of a longer text.
     """
     decoder = json.JSONDecoder(parse_int=len)  # `int` refuses numbers with thousands of digits
-    kinds = []
+    kinds: list[type] = []
     position = 0
     while position < len(start):
         try:
@@ -190,7 +198,8 @@ def _is_json(start: str, cut: bool) -> bool:
             at_end = error.pos > len(start) - 8 or error.msg.startswith("Unterminated string")
             if not (cut and at_end):
                 return False
-            kinds.append({"[": list, "{": dict}.get(start[position], type(None)))
+            openings: dict[str, type] = {"[": list, "{": dict}
+            kinds.append(openings.get(start[position], type(None)))
             break
         if value and isinstance(value, dict):
             return True
@@ -204,7 +213,7 @@ def _is_json(start: str, cut: bool) -> bool:
 
 
 def encoding_of(head: bytes) -> str:
-    """What a byte-order mark says, UTF-8 without one; the mark is no part of the text."""
+    """The encoding that a byte-order mark shows, UTF-8 without one; it is not part of the text."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -213,17 +222,19 @@ def encoding_of(head: bytes) -> str:
 
 
 def text_file(path: Path) -> io.TextIOWrapper:
-    """A file's text, with ends of lines as they are."""
+    """Open a file for reading text, with line endings as they are."""
     with opened(path) as file:
         encoding = encoding_of(file.read(4))
     return io.TextIOWrapper(opened(path), encoding=encoding, newline="")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """`(number, line)`, numbers from 1; only a line feed ends a line, and stays in it.
+    """The lines of a file as `(number, line)`, numbered from 1.
+
+    Only a line feed ends a line; it stays part of the line.
 
     Raises:
-        DataError: if it is not in UTF-8, or in what its byte-order mark says.
+        DataError: if the file is not in UTF-8, or in the encoding that its byte-order mark shows.
     """
     with opened(path) as file:
         encoding = encoding_of(file.read(4))
@@ -245,7 +256,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def not_text(path: Path, number: int, error: Exception) -> DataError:
-    """The error of a line that is not in UTF-8."""
+    """The error about a line that is not in UTF-8."""
     return DataError(
         f"{path}:{number}: expected text in UTF-8 ({error}); convert it, or keep it elsewhere"
     )

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, and what happens without it: an error at once, or what its cache holds."""
+"""The Hugging Face hub: without network, its local cache or an immediate error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-SECONDS = 1.5  # that the hub has to answer; its own client would retry for about 23
+SECONDS = 1.5  # to wait for an answer; the hub's own client would retry for about 23
 Loaded = TypeVar("Loaded")
 
 
@@ -47,11 +47,12 @@ def _offline() -> Iterator[None]:
 
 
 def from_hub(load: Callable[[], Loaded], what: str, instead: str) -> Loaded:
-    """What `load` returns; without the network, from the hub's cache on this machine.
+    """Call `load`, with the hub's local cache alone if the hub does not answer.
 
     Args:
-        what: what is loaded, for the error.
-        instead: what to use without the network, for the error.
+        load: downloads something through `datasets` or `transformers`, and returns it.
+        what: it loads, for the error.
+        instead: what to use without network, for the error.
 
     Raises:
         ConnectionError: if the hub is out of reach and the cache does not hold it.

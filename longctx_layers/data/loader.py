@@ -1,19 +1,27 @@
-"""Loaders of training batches that know which comes next, and of validation batches."""
+"""Loaders of training batches, which can be resumed at any batch, and of validation batches."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from longctx_layers.data.packing import Batch, Epoch
 
+if TYPE_CHECKING:
+    from longctx_layers.data.module import LongContextData
+
 
 class Position(NamedTuple):
-    """Where training stands: the batch to take next, and for a stream, what lies before it."""
+    """How far training has come.
+
+    Attributes:
+        epoch, batch: of the batch to take next.
+        stream: how far a stream was read, see `streaming`; None for stored documents.
+    """
 
     epoch: int = 0
     batch: int = 0
@@ -21,29 +29,32 @@ class Position(NamedTuple):
 
 
 class Progress:
-    """The position as training takes batches.
+    """Keeps the position while training takes batches.
 
-    A trainer may fetch a batch before it takes it, so the two are told apart.
+    A trainer may fetch a batch before it uses it, so both are counted.
 
     Attributes:
-        continues: whether the trainer's next epoch starts where the last one stopped, and not with
-            the next pass over the data: so that a limit of its batches leaves nothing unseen.
+        position: of the batch that training uses next.
+        continues: whether the trainer's next epoch starts where the last one stopped, rather than
+            with the next pass over the data, so that a limit of its batches leaves nothing unseen.
         repeats: whether every epoch has the batches of the first.
     """
 
-    def __init__(self, position: Position | None = None):
+    def __init__(self, position: Position | None = None) -> None:
         self.position = position or Position()
-        self.continues = self.repeats = False
+        self.continues = False
+        self.repeats = False
         self._starts_here = True
         self._following: deque[Position] = deque()
 
     def load(self, position: Position) -> None:
-        """Start the next epoch at a position."""
-        self.position, self._starts_here = position, True
+        """Make the next epoch start at a position."""
+        self.position = position
+        self._starts_here = True
         self._following.clear()
 
     def begin(self) -> Position:
-        """Start an epoch: where a new or loaded position says, otherwise the next one."""
+        """Start an epoch: at a new or loaded position, otherwise the next epoch."""
         self._following.clear()
         if not self._starts_here:
             self._end_epoch()
@@ -51,11 +62,11 @@ class Progress:
         return self.position
 
     def fetched(self, following: Position) -> None:
-        """A batch is ready; once it is taken, `following` is the position."""
+        """Note that a batch is ready; once it is used, `following` is the position."""
         self._following.append(following)
 
     def taken(self, last: bool = False) -> None:
-        """The first of the batches that are ready is used; it may be the last of its epoch."""
+        """Note that the first ready batch is used; `last` if it is the last of its epoch."""
         if self._following:
             self.position = self._following.popleft()
         if last:
@@ -69,19 +80,20 @@ class Progress:
 
 
 class TrainingLoader:
-    """Iterating it gives the batches of an epoch: the first time from the position on.
+    """The batches of an epoch; the first time from the position of the data module on.
 
     Args:
-        data: the data module, which has the `progress`. With a trainer it counts what is taken;
-            without one a batch is taken when it is fetched.
-        endless: whether an epoch ends where the trainer says, after any number of passes.
+        data: the data module, which keeps the `progress`. If it has a trainer, it is told there
+            which batches are used; without one, a batch counts as used when it is fetched.
+        endless: whether the trainer ends an epoch, after any number of passes over the data.
     """
 
-    def __init__(self, data: Any, endless: bool = False):
-        self.data, self.endless = data, endless
+    def __init__(self, data: LongContextData, endless: bool = False) -> None:
+        self.data = data
+        self.endless = endless
 
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
-        """The batches of an epoch from a position on, each with the position behind it."""
+        """The batches of an epoch from a position on, each with the position after it."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Batch]:
@@ -99,21 +111,21 @@ class TrainingLoader:
 
     # Lightning asks a loader whether it can be resumed.
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.data.state_dict()
-        return state
+        return self.data.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.data.load_state_dict(state)
 
 
-class StoredBatches(Dataset):
-    """Batches of a store by `(epoch, batch)`; `make_epoch(number=...)` draws an epoch's orders."""
+class StoredBatches(Dataset[Batch]):
+    """The batches of a store by `(epoch, batch)`; `make_epoch(number=...)` makes an epoch."""
 
-    def __init__(self, make_epoch: Callable[..., Epoch]):
+    def __init__(self, make_epoch: Callable[..., Epoch]) -> None:
         self.make_epoch = make_epoch
         self._epoch: tuple[int, Epoch] | None = None
 
     def epoch(self, number: int) -> Epoch:
+        """An epoch; the last one is kept."""
         if self._epoch is None or self._epoch[0] != number:
             self._epoch = number, self.make_epoch(number=number)
         return self._epoch[1]
@@ -123,11 +135,13 @@ class StoredBatches(Dataset):
         return self.epoch(epoch).batch(batch)
 
 
-class _Places(Sampler):
-    """`(epoch, batch)` of the batches to load; workers that persist are told through it."""
+class _Places(Sampler[tuple[int, int]]):
+    """`(epoch, batch)` of the batches to load; persistent workers learn the epoch through it."""
 
-    def __init__(self, epoch: int, first: int, stop: int):
-        self.epoch, self.first, self.stop = epoch, first, stop
+    def __init__(self, epoch: int, first: int, stop: int) -> None:
+        self.epoch = epoch
+        self.first = first
+        self.stop = stop
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((self.epoch, batch) for batch in range(self.first, self.stop))
@@ -136,10 +150,10 @@ class _Places(Sampler):
         return self.stop - self.first
 
 
-def torch_loader(dataset: Dataset, **options: Any) -> DataLoader:
-    """Torch's loader of whole batches, which leaves torch's global random numbers alone.
+def torch_loader(dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """Torch's loader of whole batches, without any use of torch's global random numbers.
 
-    It stays inside the loaders here: Lightning would give it a sampler of its own.
+    It is wrapped by the loaders here, since Lightning would replace its sampler.
     """
     return DataLoader(dataset, batch_size=None, generator=torch.Generator(), **options)
 
@@ -147,7 +161,7 @@ def torch_loader(dataset: Dataset, **options: Any) -> DataLoader:
 class StoredLoader(TrainingLoader):
     """Batches of a store; `options` are those of torch's `DataLoader`."""
 
-    def __init__(self, data: Any, batches: StoredBatches, **options: Any):
+    def __init__(self, data: LongContextData, batches: StoredBatches, **options: Any) -> None:
         super().__init__(data)
         self._length = len(batches.epoch(data.progress.position.epoch))
         self._places = _Places(0, 0, self._length)
@@ -160,15 +174,14 @@ class StoredLoader(TrainingLoader):
         epoch, first, _ = position
         self._places.epoch, self._places.first = epoch, first
         for number, batch in enumerate(self._loader, first + 1):
-            # Behind the last batch stands the next epoch.
-            following = (epoch, number) if number < self._length else (epoch + 1, 0)
-            yield batch, Position(*following)
+            is_last = number == self._length
+            yield batch, Position(epoch + 1) if is_last else Position(epoch, number)
 
 
 class ValidationLoader:
-    """The batches of the only epoch, in order."""
+    """The batches of a store in order, the same in every validation."""
 
-    def __init__(self, batches: StoredBatches, **options: Any):
+    def __init__(self, batches: StoredBatches, **options: Any) -> None:
         self._length = len(batches.epoch(0))
         self._loader = torch_loader(batches, sampler=_Places(0, 0, self._length), **options)
 

@@ -1,9 +1,9 @@
-"""The data module: documents in, packed batches out, the same ones again after a resumption."""
+"""The data module: documents in, packed batches out; a resumed run gets the same batches."""
 
 from __future__ import annotations
 
-import os
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import lightning
 import numpy as np
 import torch
 
-from longctx_layers.data import sources
-from longctx_layers.data.errors import DataError, ResumptionError
+from longctx_layers.data import order, sources
+from longctx_layers.data.errors import DataError
+from longctx_layers.data.keys import content_key
 from longctx_layers.data.loader import (
     Position,
     Progress,
@@ -23,79 +24,70 @@ from longctx_layers.data.loader import (
     ValidationLoader,
 )
 from longctx_layers.data.packing import Batch, Epoch, Shape
-from longctx_layers.data.split import (
-    check_stored,
-    check_stream,
-    held_out_of_stream,
-    split,
-    training_texts,
-)
-from longctx_layers.data.store import LAYOUT, content_key, first_characters, in_memory, prepare
+from longctx_layers.data.preparation import check_least, default_cache, make_tokenizer
+from longctx_layers.data.split import check_stored, check_stream, held_out_of_stream, split
+from longctx_layers.data.store import LAYOUT, in_memory, prepare
 from longctx_layers.data.streaming import StreamedLoader, StreamedRows, of_all_processes
-from longctx_layers.data.tokenizers import (
-    ByteTokenizer,
-    Tokenizer,
-    bpe_vocab_size,
-    check_tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
-from longctx_layers.data.trainer_flags import (
-    batch_limit,
-    check_interval,
-    check_trainer,
-    settle_stream,
-)
-from longctx_layers.files import write_once
+from longctx_layers.data.tokenizers import Tokenizer, check_tokenizer
+from longctx_layers.data.trainer_flags import check_interval, check_trainer, settle_stream
 
 SEQ_LEN = 8192
-BPE_CHARACTERS = 100_000_000  # of the training documents that a BPE is learnt from
 
 
 class LongContextData(lightning.LightningDataModule):
-    """Packed documents for causal language models.
+    """Packed documents for training causal language models, with or without a Lightning trainer.
 
     Batches are dicts of int64 `[B, T]`: `ids`; `labels`, the next tokens, -100 at the ends of
-    documents and at pads; `segment_ids`, one number per document, negative for pads. Rows are full
-    but for the end of an epoch, which may have pads up to rows of nothing else.
+    documents and at padding; `segment_ids`, one number per document, negative for padding. Rows are
+    full, except at the end of an epoch, which may have padding and even rows of nothing else.
 
     Which batch comes when depends on the options, the epoch and this process's place among all
     processes, not on the number of workers or on global random numbers.
 
+    >>> import tempfile
+    >>> data = LongContextData("synthetic", "20", seq_len=64, batch_size=2,
+    ...                        cache_dir=tempfile.mkdtemp())
+    >>> data.prepare_data()
+    >>> data.setup("fit")
+    >>> batch = next(iter(data.train_dataloader()))
+    >>> batch["ids"].shape, data.vocab_size
+    (torch.Size([2, 64]), 257)
+
     Args:
         dataset_name: `wikitext`, `synthetic`, `local`, `stdlib` (the source files of Python's
-            standard library), or the name of any text dataset on the Hugging Face hub.
+            standard library), a source of your own (`sources.register_source`), or the name of any
+            text dataset on the Hugging Face hub.
         dataset_config: the dataset's configuration: for wikitext wikitext-2-raw-v1 (the default),
             wikitext-2-v1, wikitext-103-raw-v1 or wikitext-103-v1; for local the path of a file or
             folder of text, JSON, CSV, Parquet or Arrow; for synthetic the number of documents.
-        seq_len: tokens of a row; 8192 unless given.
-        max_seq_len: another name of seq_len.
+        seq_len: tokens of a row; 8192 by default.
+        max_seq_len: another name for seq_len.
         batch_size: rows of a batch on each process.
         num_workers: processes that load batches.
-        persistent_workers: whether they live on from epoch to epoch; not those of a stream.
-        tokenizer: `bytes`, `bpe` or `bpe:SIZE` (learnt from the training documents), or the name or
+        persistent_workers: whether to keep these processes between epochs; not for a stream.
+        tokenizer: `bytes`, `bpe` or `bpe:SIZE` (trained on the training documents), or the name or
             folder of one of Hugging Face's.
-        text_column: of a dataset with columns; `text`, or the only one of strings, unless given.
-        validation_fraction: of the documents, held out by their content and the seed; a dataset's
-            own validation split is used instead where it has one.
-        validation_documents: held out of a stream, at most.
+        text_column: of a dataset with columns; by default `text`, or the only one of strings.
+        validation_fraction: of the documents, held out by their content and the seed; if the
+            dataset has a validation split, it is used instead.
+        validation_documents: at most so many are held out of a stream.
         seed: of the split and of the order of documents and rows.
         streaming: whether to tokenise while training, and keep nothing on the disk.
-        carry_state: whether row b of a batch goes on where row b of the one before stopped.
-        separate_documents: whether attention and state begin anew with each document. If not, they
-            go on, and the segment ids tell tokens (0) from pads only: for models that will read
-            streams which never begin anew.
-        cache_dir: where tokenised data and learnt tokenizers are kept; a folder in the user's cache
-            unless given.
+        carry_state: whether row b of a batch continues where row b of the previous batch stopped.
+        separate_documents: whether attention and state are reset at the start of each document. If
+            not, the segment ids only distinguish tokens (0) from padding: for models that will
+            read endless streams.
+        cache_dir: where tokenised data and trained tokenizers are kept; by default a folder in the
+            user's cache.
 
     Attributes:
-        vocab_size: ids are below it; after `setup`.
+        vocab_size: all ids are below it; after `setup`.
         tokenizer: see `longctx_layers.data.tokenizers.Tokenizer`; after `setup`.
-        begins_pass: whether the batch that training takes is the first of a pass over the data,
+        begins_pass: whether the batch that training uses is the first of a pass over the data,
             so that no state is carried over into it.
 
     Raises:
-        ValueError: for an option that cannot be, before any data is touched.
+        ValueError: for an invalid option, before any data is read.
     """
 
     def __init__(
@@ -116,44 +108,40 @@ class LongContextData(lightning.LightningDataModule):
         carry_state: bool = False,
         separate_documents: bool = True,
         cache_dir: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if None not in (seq_len, max_seq_len) and seq_len != max_seq_len:
             raise ValueError(
-                f"seq_len, max_seq_len: one option with two names, got {seq_len} and {max_seq_len};"
-                " pass one of them"
+                "seq_len, max_seq_len: two names of one option, got "
+                f"{seq_len} and {max_seq_len}; pass one of them"
             )
         self.seq_len = seq_len or max_seq_len or SEQ_LEN
         sources.check(dataset_name, dataset_config)
         check_tokenizer(tokenizer)
-        for name, value, least in (
-            ("seq_len", seq_len, 1),
-            ("max_seq_len", max_seq_len, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("validation_documents", validation_documents, 1),
-            ("seed", seed, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_least(1, seq_len=seq_len, max_seq_len=max_seq_len, batch_size=batch_size)
+        check_least(0, num_workers=num_workers, seed=seed)
+        check_least(1, validation_documents=validation_documents)
         if not 0 <= validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction: expected a number in [0, 1), got {validation_fraction}"
             )
         if persistent_workers and not num_workers:
             warnings.warn(
-                "persistent_workers: there are no workers to persist with num_workers=0; ignored",
+                "persistent_workers: there are no workers with num_workers=0; ignored",
                 stacklevel=2,
             )
-        self.dataset_name, self.dataset_config = dataset_name, dataset_config
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.dataset_name = dataset_name
+        self.dataset_config = dataset_config
+        self.batch_size = batch_size
+        self.num_workers = num_workers
         self.persistent_workers = persistent_workers and num_workers > 0
-        self.tokenizer_name, self.text_column = tokenizer, text_column
-        self.validation_fraction, self.validation_documents = (
-            validation_fraction,
-            validation_documents,
-        )
-        self.seed, self.streaming, self.carry_state = seed, streaming, carry_state
+        self.tokenizer_name = tokenizer
+        self.text_column = text_column
+        self.validation_fraction = validation_fraction
+        self.validation_documents = validation_documents
+        self.seed = seed
+        self.streaming = streaming
+        self.carry_state = carry_state
         self.separate_documents = separate_documents
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.progress = Progress()
@@ -164,14 +152,14 @@ class LongContextData(lightning.LightningDataModule):
     # ---- Preparation
 
     def prepare_data(self) -> None:
-        """Download, learn the tokenizer and tokenise, where that is not done yet; one process."""
+        """Download, train the tokenizer and tokenise, unless it was done before; one process."""
         self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        """Open what `prepare_data` made; on another machine without it, make it.
+        """Open what `prepare_data` wrote; on a machine without it, write it first.
 
         Raises:
-            DataError: for data that cannot be trained on, or a trainer that does not fit them.
+            DataError: for data that cannot be trained on, or a trainer that does not fit it.
         """
         check_trainer(self.trainer)
         if self._tokenizer is not None:
@@ -179,7 +167,9 @@ class LongContextData(lightning.LightningDataModule):
         source = sources.open_source(
             self.dataset_name, self.dataset_config, self.text_column, streaming=self.streaming
         )
-        tokenizer = self._make_tokenizer(source)
+        tokenizer = make_tokenizer(
+            self.tokenizer_name, source, self.cache_dir, self.seed, self.validation_fraction
+        )
         self._content = content_key(str(LAYOUT), source.fingerprint, tokenizer.fingerprint)
         if self.streaming:
             self._source = source.training
@@ -188,7 +178,7 @@ class LongContextData(lightning.LightningDataModule):
             )
             self.store = in_memory(held_out, tokenizer)
             self.training, self.validation = np.arange(0), np.arange(len(self.store))
-            check_stream(source, {int(one) for one in self.store.digests}, tokenizer)
+            check_stream(source, self._held_out(), tokenizer)
         else:
             self.store = prepare(
                 self.cache_dir / f"tokens-{self._content}",
@@ -200,33 +190,24 @@ class LongContextData(lightning.LightningDataModule):
         check_stored(self.store, training=self.training, validation=self.validation)
         self._tokenizer = tokenizer
 
-    def _make_tokenizer(self, source: sources.Source) -> Tokenizer:
-        if self.tokenizer_name == "bytes":
-            return ByteTokenizer()
-        size = bpe_vocab_size(self.tokenizer_name)
-        if size is None:
-            return load_tokenizer(self.tokenizer_name)
-        choices = f"{size} {BPE_CHARACTERS} {self.seed} {self.validation_fraction}"
-        folder = self.cache_dir / f"bpe-{content_key(source.fingerprint, choices)}"
-        texts = training_texts(source, self.seed, self.validation_fraction)
-        write_once(
-            folder,
-            lambda partial: train_bpe(first_characters(texts, BPE_CHARACTERS), size).save(partial),
-        )
-        return load_tokenizer(folder)
+    def _held_out(self) -> set[int]:
+        """Digests of the documents that a stream holds out."""
+        return {int(digest) for digest in self.store.digests}
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer; after `setup`."""
         if self._tokenizer is None:
-            raise RuntimeError("tokenizer: known after setup(); call prepare_data() and setup()")
+            raise RuntimeError("tokenizer: not known yet; call prepare_data() and setup() first")
         return self._tokenizer
 
     @property
     def vocab_size(self) -> int:
+        """All ids are below it; after `setup`."""
         return self.tokenizer.vocab_size
 
     def describe(self) -> str:
-        """One line: what there is to train on and what is held out."""
+        """Describe in one line what is trained on and what is held out; after `setup`."""
         training, validation = [
             f"{len(documents):,} documents with {self.store.lengths(documents).sum():,} tokens"
             for documents in (self.training, self.validation)
@@ -243,11 +224,12 @@ class LongContextData(lightning.LightningDataModule):
 
     # ---- Batches
 
-    def _shape(self) -> Shape:
-        """With this process's place among those that see different data."""
+    def shape(self) -> Shape:
+        """The shape of batches, and this process's place among those that see different data."""
         places = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
-        rank, world_size = places.get("rank", 0), places.get("num_replicas", 1)
-        return Shape(self.batch_size, self.seq_len, rank, world_size)
+        return Shape(
+            self.batch_size, self.seq_len, places.get("rank", 0), places.get("num_replicas", 1)
+        )
 
     def _workers(self) -> dict[str, Any]:
         return {
@@ -257,13 +239,19 @@ class LongContextData(lightning.LightningDataModule):
         }
 
     def train_dataloader(self) -> TrainingLoader:
-        shape = self._shape()
+        """The training batches, from the current position on; after `setup`.
+
+        Raises:
+            DataError: for a trainer that does not fit the data.
+            ResumptionError: if the data is not that of the run to resume.
+        """
+        shape = self.shape()
         if self._resumed_order is not None:
             self.check_order(self._resumed_order)
-        self.progress.continues, self.progress.repeats = self.streaming, self._repeats
+        self.progress.continues = self.streaming
+        self.progress.repeats = self.repeats_batches
         if self.streaming:
-            held_out = {int(one) for one in self.store.digests}
-            rows = StreamedRows(self._source, held_out, self.tokenizer, shape, self.seed)
+            rows = StreamedRows(self._source, self._held_out(), self.tokenizer, shape, self.seed)
             options = {**self._workers(), "persistent_workers": False}
             return StreamedLoader(self, rows, endless=settle_stream(self.trainer), **options)
         epoch = partial(
@@ -274,10 +262,10 @@ class LongContextData(lightning.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
-        """Empty without validation documents.
+        """The validation batches; empty without validation documents.
 
         Raises:
-            DataError: if there are none, and the trainer is to do nothing but validate.
+            DataError: if there are none, but the trainer is only to validate.
         """
         if not len(self.validation):
             if self.trainer is not None and self.trainer.state.fn == "validate":
@@ -286,16 +274,16 @@ class LongContextData(lightning.LightningDataModule):
                     f"{self.validation_fraction}, which holds out none; pass more"
                 )
             return []
-        epoch = partial(Epoch, self.store, self.validation, self._shape())
+        epoch = partial(Epoch, self.store, self.validation, self.shape())
         return ValidationLoader(StoredBatches(epoch), **self._workers())
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Called by the trainer with each batch that it is about to use."""
+        """Note that a batch is used; the trainer calls it with each one."""
         if self.trainer is not None and self.trainer.training:
             self.begins_pass = not self.progress.position.batch
-            # With this one, which the trainer does not count yet.
-            taken = self.trainer.fit_loop.batch_idx + 2
-            self.progress.taken(last=taken >= self.trainer.num_training_batches)
+            # Including this one, which the trainer does not count yet.
+            n_taken = self.trainer.fit_loop.batch_idx + 2
+            self.progress.taken(last=n_taken >= self.trainer.num_training_batches)
         if not self.separate_documents:
             batch = {**batch, "segment_ids": batch["segment_ids"].clamp(max=0)}
         return batch
@@ -304,66 +292,43 @@ class LongContextData(lightning.LightningDataModule):
 
     @property
     def content(self) -> str:
-        """Equal for equal texts in equal tokens; after `setup`."""
+        """A name of the tokenised texts; equal for equal texts and tokens; after `setup`."""
         return self._content
 
     @property
-    def _repeats(self) -> bool:
+    def repeats_batches(self) -> bool:
         """Whether the trainer wants the same batches in every epoch."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
-    def _order(self, shape: Shape) -> dict[str, Any]:
-        """What the order of the batches depends on."""
-        return {
-            "content": self.content,
-            "seq_len": shape.length,
-            "batch_size x processes": shape.all_rows,
-            "validation_fraction": self.validation_fraction,
-            "seed": self.seed,
-            "carry_state": self.carry_state,
-            "streaming": self.streaming,
-            "separate_documents": self.separate_documents,
-            # What a stream holds out it does not train on.
-            "validation_documents": self.validation_documents if self.streaming else None,
-            "overfit_batches": self._repeats,
-            "limit_train_batches": batch_limit(self.trainer),
-        }
-
     def state_dict(self) -> dict[str, Any]:
         """Which batch of which epoch comes next, and of which data."""
-        shape = self._shape()
-        position = of_all_processes(self.progress.position, shape.world_size)
-        return {**position._asdict(), "order": self._order(shape)}
+        position = of_all_processes(self.progress.position, self.shape().world_size)
+        return {**position._asdict(), "order": order.order_of(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The next `train_dataloader` starts with the batch that the state says comes next."""
+        """Make the next `train_dataloader` start with the batch that comes next in `state_dict`."""
         self.progress.load(Position(*(state_dict[field] for field in Position._fields)))
         self._resumed_order = state_dict["order"]
 
-    def check_order(self, resumed: dict[str, Any]) -> None:
-        """Whether the batches are those of the run to resume; `resumed` is its `order`.
+    def check_order(self, resumed: Mapping[str, Any]) -> None:
+        """Check that the batches are those of the run to resume; see `order.check_order`.
 
         Raises:
-            ResumptionError: if not; it names the option.
+            ResumptionError: if they are not; it names the option.
         """
-        order = self._order(self._shape())
-        if getattr(self.trainer, "fast_dev_run", False):  # a trial, with a limit of its own
-            order["limit_train_batches"] = resumed.get("limit_train_batches")
-        for name, value in resumed.items():
-            if value == order[name]:
-                continue
-            if name == "limit_train_batches" and self._repeats:
-                had = f"overfit_batches {value}, this one has {order[name]}"
-            elif name == "content":
-                had = "other documents or another tokenizer than --data.dataset_name, "
-                had += "dataset_config, text_column and tokenizer give now"
-            else:
-                had = f"{name} {value}, this one has {order[name]}"
-            raise ResumptionError(
-                f"data: the run to resume had {had}; resume with the same data and options"
+        order.check_order(self, resumed)
+
+    @classmethod
+    def of(cls, trainer: lightning.Trainer) -> LongContextData:
+        """The data module that a trainer was called with.
+
+        Raises:
+            TypeError: if it was called with other data.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, LongContextData):
+            raise TypeError(
+                "trainer: expected trainer.fit(model, datamodule=LongContextData(...)), got "
+                f"{type(data).__name__} as data module; LanguageModel and its callbacks need it"
             )
-
-
-def default_cache() -> Path:
-    """A folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "longctx-layers"
+        return data

@@ -1,8 +1,8 @@
-"""Documents packed into rows of equal length, every token once.
+"""Documents packed into rows of equal length; every token is used exactly once.
 
-The documents of an epoch form one stream. `ids` are cut from it; `labels` are the next tokens,
-ignored where the next token is another document's; `segment_ids` number the documents, and are
-negative for pads, which only the end of the stream has.
+The documents of an epoch form one stream. `ids` are cut from it. `labels` are the next tokens,
+ignored where the next token belongs to another document. `segment_ids` number the documents, and
+are negative for padding, which only the end of the stream has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ Batch = dict[str, Tensor]
 
 
 class Shape(NamedTuple):
-    """Of a batch on this process, and its place in that of all processes."""
+    """The shape of a batch on this process, and the place of this process among all.
+
+    Attributes:
+        rows: of a batch on this process.
+        length: tokens of a row.
+        rank: the number of this process.
+        world_size: how many processes there are.
+    """
 
     rows: int
     length: int
@@ -36,16 +43,18 @@ class Shape(NamedTuple):
 
 
 class Stream:
-    """Documents of a store in a given order, to be read from any place.
+    """Documents of a store, in a chosen order, as one sequence that can be read from any position.
 
     Args:
         store: where the documents are.
         documents: `[n]` their numbers.
-        first_segment: the segment id of the first one; the next have the next ids.
+        first_segment: the segment id of the first document; the others follow.
     """
 
-    def __init__(self, store: TokenStore, documents: np.ndarray, first_segment: int = 0):
-        self.store, self.documents, self.first_segment = store, documents, first_segment
+    def __init__(self, store: TokenStore, documents: np.ndarray, first_segment: int = 0) -> None:
+        self.store = store
+        self.documents = documents
+        self.first_segment = first_segment
         self.ends = np.cumsum(store.lengths(documents))
 
     def __len__(self) -> int:
@@ -54,7 +63,8 @@ class Stream:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and segment ids of the tokens from `start` to `stop`, or to the end."""
         first = int(np.searchsorted(self.ends, start, side="right"))
-        ids, segments = [], []
+        ids: list[np.ndarray] = []
+        segments: list[np.ndarray] = []
         while start < min(stop, len(self)):
             document = self.store.document(self.documents[first])
             begin = start - (self.ends[first] - len(document))
@@ -69,35 +79,51 @@ class Stream:
 
 
 def row(ids: np.ndarray, segments: np.ndarray, size: int, length: int) -> Batch:
-    """`[length]` ids, labels and segment ids of a row.
+    """Ids, labels and segment ids of one row, each `[length]`.
 
     Args:
-        ids, segments: `[n]`; the row's tokens, and possibly one more for the last one's label.
-        size: how many of the tokens are the row's; pads follow them.
+        ids, segments: `[n]`; the row's tokens, and possibly one more for the last label.
+        size: how many of the tokens belong to the row; the rest of it is padding.
+        length: of the row.
+
+    >>> row(np.array([7, 8, 9]), np.array([0, 0, 1]), size=3, length=4)["labels"].tolist()
+    [8, -100, -100, -100]
     """
     padded = {
         "ids": np.zeros(length, np.int64),
         "labels": np.full(length, IGNORED_LABEL, np.int64),
         "segment_ids": np.full(length, PAD_SEGMENT, np.int64),
     }
-    goes_on = segments[1:] == segments[:-1]
+    same_document = segments[1:] == segments[:-1]
     padded["ids"][:size] = ids[:size]
-    padded["labels"][: len(goes_on)] = np.where(goes_on, ids[1:], IGNORED_LABEL)
+    padded["labels"][: len(same_document)] = np.where(same_document, ids[1:], IGNORED_LABEL)
     padded["segment_ids"][:size] = segments[:size]
     return {name: torch.from_numpy(values) for name, values in padded.items()}
 
 
 def stack(rows: list[Batch]) -> Batch:
-    """`[B, T]` from B rows."""
-    return {name: torch.stack([one[name] for one in rows]) for name in rows[0]}
+    """Stack B rows `[T]` into a batch `[B, T]`."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Epoch:
     """The batches of one pass over some documents of a store.
 
-    The order of documents and of rows is drawn from `(seed, number)`; without a seed everything
-    stays in the store's order. With `carry_state` the stream is cut into as many lanes as there
-    are rows, and row b of a batch goes on in its lane where row b of the one before stopped.
+    Args:
+        store: where the documents are.
+        documents: `[n]` the numbers of those to pass over.
+        shape: of the batches.
+        number: of the epoch.
+        seed: the order of documents and of rows is drawn from `(seed, number)`; without a seed
+            everything stays in the store's order.
+        carry_state: whether to cut the stream into as many lanes as there are rows, so that row b
+            of a batch continues its lane where row b of the previous batch stopped.
+
+    >>> from longctx_layers.data.store import in_memory
+    >>> from longctx_layers.data.tokenizers import ByteTokenizer
+    >>> store = in_memory(["abc", "de"], ByteTokenizer())
+    >>> Epoch(store, np.arange(2), Shape(rows=1, length=4)).batch(1)["ids"].tolist()
+    [[100, 101, 256, 0]]
     """
 
     def __init__(
@@ -109,18 +135,18 @@ class Epoch:
         number: int = 0,
         seed: int | None = None,
         carry_state: bool = False,
-    ):
+    ) -> None:
         self.shape = shape
         draw = None if seed is None else np.random.default_rng([seed, number])
         if draw is not None:
             documents = draw.permutation(documents)
-        # No epoch repeats the ids of another: a state from the last one is never gone on with.
+        # Epochs have different segment ids, so that none continues a state of the previous one.
         self.stream = Stream(store, documents, first_segment=number * len(documents))
         total = len(self.stream)
         if carry_state:
             lane = np.arange(shape.all_rows + 1) * total // shape.all_rows
             steps = -(-int(np.diff(lane).max()) // shape.length)
-            self.starts = (lane[:-1] + np.arange(steps)[:, None] * shape.length).ravel()
+            self.starts: np.ndarray = (lane[:-1] + np.arange(steps)[:, None] * shape.length).ravel()
             self.stops = np.tile(lane[1:], steps)
         else:
             self.starts = np.arange(0, total, shape.length)
@@ -132,7 +158,7 @@ class Epoch:
         return -(-len(self.starts) // self.shape.all_rows)
 
     def batch(self, index: int) -> Batch:
-        """This process's part of batch `index`; rows that the last one lacks are all pads."""
+        """This process's part of batch `index`; missing rows of the last batch are padding."""
         rows, length, rank, _ = self.shape
         first = index * self.shape.all_rows + rank * rows
         return stack([self._row(number, length) for number in range(first, first + rows)])
@@ -141,6 +167,6 @@ class Epoch:
         start = int(self.starts[number]) if number < len(self.starts) else 0
         stop = int(self.stops[number]) if number < len(self.starts) else 0
         size = max(0, min(length, stop - start))
-        # One token more, for the last label: also where another row or lane begins with it.
+        # One more token for the last label, even if it is the first token of another row or lane.
         ids, segments = self.stream.read(start, start + size + 1 if size else start)
         return row(ids, segments, size, length)

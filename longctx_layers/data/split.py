@@ -1,6 +1,6 @@
-"""Which documents are held out: a pure function of their content and a seed.
+"""Which documents are held out for validation: a pure function of their content and a seed.
 
-Equal documents fall on the same side, whatever their places; nothing is on both.
+Equal documents are always on the same side of the split, wherever they are in the data.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from itertools import islice
 import numpy as np
 
 from longctx_layers.data.errors import DataError
+from longctx_layers.data.keys import digest
 from longctx_layers.data.sources import Source, texts
-from longctx_layers.data.store import TokenStore, digest
+from longctx_layers.data.store import TokenStore
 from longctx_layers.data.tokenizers import Tokenizer
 
 
 def ranks(digests: np.ndarray, seed: int) -> np.ndarray:
-    """`[n]` numbers in [0, 1) that the digests `[n]` uint64 get from a seed.
+    """Pseudo-random numbers in [0, 1), `[n]`, for the digests of documents, `[n]` uint64.
 
-    The finaliser of SplitMix64 (Steele, Lea and Flood 2014), of the digest moved by the seed.
+    The finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied to digest plus seed.
     """
     with np.errstate(over="ignore"):
         x = digests.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
@@ -35,19 +36,19 @@ def is_held_out(text: str, seed: int, fraction: float) -> bool:
 
 
 def split(store: TokenStore, seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the training and of the validation documents.
+    """The numbers of the training and of the validation documents.
 
-    A source's own validation split is kept, and training documents equal to one in it are left
-    out. Otherwise about `fraction` of the documents are held out, at least one unless it is 0.
+    If the source has a validation split, it is used, and training documents equal to one in it are
+    left out. Otherwise about `fraction` of the documents are held out, at least one unless it is 0.
 
     Raises:
         DataError: if no document is left to train on.
     """
     numbers = np.arange(len(store))
     if store.n_train < len(store):
-        own = numbers >= store.n_train
-        leaked = ~own & np.isin(store.digests, store.digests[own])
-        training, validation = numbers[~own & ~leaked], numbers[own]
+        in_validation = numbers >= store.n_train
+        leaked = np.isin(store.digests, store.digests[in_validation])
+        training, validation = numbers[~leaked], numbers[in_validation]
     else:
         rank = ranks(store.digests, seed)
         threshold = max(fraction, np.nextafter(rank.min(), 1)) if fraction else 0
@@ -58,7 +59,7 @@ def split(store: TokenStore, seed: int, fraction: float) -> tuple[np.ndarray, np
 
 
 def nothing_to_train_on(what: str) -> DataError:
-    """The error where the validation split takes everything."""
+    """The error about a validation split that takes everything."""
     return DataError(
         f"validation_fraction: {what} is left to train on; pass more than one document (equal ones "
         "fall on the same side), or validation_fraction=0"
@@ -67,17 +68,17 @@ def nothing_to_train_on(what: str) -> DataError:
 
 def training_texts(source: Source, seed: int, fraction: float) -> Iterator[str]:
     """The documents of a source that are not held out by their content."""
-    own_split = source.validation is not None
+    has_own_split = source.validation is not None
     for text in texts(source.training):
-        if own_split or not is_held_out(text, seed, fraction):
+        if has_own_split or not is_held_out(text, seed, fraction):
             yield text
 
 
 def held_out_of_stream(source: Source, seed: int, fraction: float, count: int) -> list[str]:
-    """The first `count` documents of the validation split; what else is in it is trained on.
+    """The first `count` documents of the validation split; its other documents are trained on.
 
     Raises:
-        DataError: if no document falls into it, though `fraction` is above 0.
+        DataError: if no document is in the split, although `fraction` is above 0.
     """
     if source.validation is not None:
         candidates = texts(source.validation)
@@ -85,27 +86,27 @@ def held_out_of_stream(source: Source, seed: int, fraction: float, count: int) -
         candidates = (t for t in texts(source.training) if is_held_out(t, seed, fraction))
     else:
         return []
-    found = list(islice(candidates, count))
-    if not found:
+    documents = list(islice(candidates, count))
+    if not documents:
         raise DataError(
             "validation_fraction: no document of the stream falls into the validation split; pass "
             f"more than {fraction}, or 0"
         )
-    return found
+    return documents
 
 
 def check_stored(store: TokenStore, **parts: np.ndarray) -> None:
-    """Raise if a part of a store, unless it is empty, has no token that could be predicted."""
+    """Raise DataError if a part of a store has documents, but no token to predict."""
     for name, documents in parts.items():
-        if len(documents) and store.lengths(documents).max() < 2:  # all ends of text
+        if len(documents) and store.lengths(documents).max() < 2:  # only ends of text
             raise _nothing_to_predict(name)
 
 
 def check_stream(source: Source, held_out: Container[int], tokenizer: Tokenizer) -> None:
-    """Raise if nothing of a stream is left to train on: read up to the first that is.
+    """Check that a stream has something to train on; it is read up to the first such document.
 
     Raises:
-        DataError: if all is held out, or the tokenizer gives no tokens for what is not.
+        DataError: if everything is held out, or the rest has no tokens.
     """
     nothing = True
     for text in texts(source.training):

@@ -1,32 +1,23 @@
-"""Tokenised documents: one run of ids, in memory or in a file that is mapped into it."""
+"""Tokenised documents: a contiguous array of ids, in memory or in a memory-mapped file."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from longctx_layers.data.errors import DataError
+from longctx_layers.data.keys import digest
 from longctx_layers.data.tokenizers import Tokenizer
 from longctx_layers.files import write_once
 
-LAYOUT = 2  # raised when the files below change, so that older ones are not read
+LAYOUT = 2  # to be raised when the format of these files changes: older ones are then unused
 CHARACTERS_AT_ONCE = 1 << 20  # that are tokenised together
-
-
-def content_key(*parts: str) -> str:
-    """A short name for what these strings describe."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
-
-
-def digest(text: str) -> int:
-    """64 bits that stand for a document's content; equal documents have equal ones."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class DamagedCacheError(ValueError):
@@ -34,43 +25,47 @@ class DamagedCacheError(ValueError):
 
 
 class TokenStore:
-    """Documents one after another, each with the end of text behind it.
+    """Tokenised documents, one after another, each followed by the end of text.
 
     Attributes:
         tokens: `[n]` unsigned ids of all documents.
         ends: `[documents]` int64; document i is `tokens[ends[i - 1] : ends[i]]`.
-        digests: `[documents]` uint64, see `digest`.
-        n_train: documents from here on are of the source's own validation split.
+        digests: `[documents]` uint64, see `keys.digest`.
+        n_train: the number of training documents; the rest are the source's own validation split.
     """
 
-    def __init__(self, tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, n_train: int):
-        self.tokens, self.ends, self.digests, self.n_train = tokens, ends, digests, n_train
+    def __init__(
+        self, tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, n_train: int
+    ) -> None:
+        self.tokens = tokens
+        self.ends = ends
+        self.digests = digests
+        self.n_train = n_train
         self._folder: Path | None = None
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
-        """A store that `prepare` wrote, mapped into memory.
+        """Map a store that `prepare` wrote into memory.
 
         Raises:
-            ValueError: if a file is missing or damaged, or they are not as long as each other says.
+            DamagedCacheError: if a file is missing or damaged, or their lengths do not fit.
         """
         try:
-            facts = json.loads((folder / "store.json").read_text())
+            description = json.loads((folder / "store.json").read_text())
             store = cls(
-                np.memmap(folder / "tokens.bin", facts["dtype"], mode="r"),
+                np.memmap(folder / "tokens.bin", description["dtype"], mode="r"),
                 np.load(folder / "ends.npy"),
                 np.load(folder / "digests.npy"),
-                facts["n_train"],
+                description["n_train"],
             )
         except (FileNotFoundError, ValueError, EOFError, KeyError, TypeError) as error:
             raise _damaged(folder, str(error)) from error
-        expected, found = len(store), len(store.digests)
         if (
-            not 0 <= store.n_train <= expected
-            or found != expected
+            not 0 <= store.n_train <= len(store)
+            or len(store.digests) != len(store)
             or np.any(np.diff(store.ends) < 1)
         ):
-            raise _damaged(folder, f"an index of {expected} documents that contradicts itself")
+            raise _damaged(folder, f"an index of {len(store)} documents that contradicts itself")
         if len(store.tokens) != store.ends[-1]:
             raise _damaged(
                 folder, f"{len(store.tokens)} tokens where its index says {store.ends[-1]}"
@@ -78,8 +73,8 @@ class TokenStore:
         store._folder = folder
         return store
 
-    def __reduce__(self) -> tuple:
-        # A pickled map would be a copy of the whole file.
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled memory map would be a copy of the whole file.
         if self._folder is not None:
             return TokenStore.open, (self._folder,)
         return TokenStore, (self.tokens, self.ends, self.digests, self.n_train)
@@ -94,14 +89,14 @@ class TokenStore:
         return lengths
 
     def document(self, number: int) -> np.ndarray:
-        """`[n]` ids of one document, the end of text last."""
+        """`[n]` ids of one document, the last one the end of text."""
         start = self.ends[number - 1] if number else 0
         return self.tokens[start : self.ends[number]]
 
 
 def _damaged(folder: Path, what: str) -> DamagedCacheError:
     return DamagedCacheError(
-        f"cache: expected whole tokenised data in {folder}, got {what}; remove that folder, and "
+        f"cache: expected complete tokenised data in {folder}, got {what}; remove that folder, and "
         "the next run tokenises again"
     )
 
@@ -109,7 +104,13 @@ def _damaged(folder: Path, what: str) -> DamagedCacheError:
 def prepare(
     folder: Path, training: Iterable[str], validation: Iterable[str], tokenizer: Tokenizer
 ) -> TokenStore:
-    """The store in `folder`; made from the documents, in bounded memory, if it is not there yet."""
+    """Open the store in `folder`; if it is not there yet, write it first, in bounded memory.
+
+    Raises:
+        DataError: if no document has text.
+        StorageError: if it cannot be written; nothing of it is left.
+        DamagedCacheError: if it is there, but damaged.
+    """
 
     def write(partial: Path) -> None:
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
@@ -134,15 +135,21 @@ def prepare(
             raise DataError("expected documents with text in them, found none; check the dataset")
         np.save(partial / "ends.npy", np.cumsum(lengths, dtype=np.int64))
         np.save(partial / "digests.npy", np.array(digests, np.uint64))
-        facts = {"dtype": np.dtype(dtype).name, "n_train": n_train}
-        (partial / "store.json").write_text(json.dumps(facts) + "\n")
+        description = {"dtype": np.dtype(dtype).name, "n_train": n_train}
+        (partial / "store.json").write_text(json.dumps(description) + "\n")
 
     write_once(folder, write)
     return TokenStore.open(folder)
 
 
 def in_memory(texts: Iterable[str], tokenizer: Tokenizer) -> TokenStore:
-    """A store of a few documents, without files."""
+    """A store of a few documents, without files.
+
+    >>> from longctx_layers.data.tokenizers import ByteTokenizer
+    >>> store = in_memory(["one", "another"], ByteTokenizer())
+    >>> len(store), store.document(0).tolist()
+    (2, [111, 110, 101, 256])
+    """
     documents = list(texts)
     encoded = [[*ids, tokenizer.end_of_text] for ids in tokenizer.encode_batch(documents)]
     return TokenStore(
@@ -154,7 +161,7 @@ def in_memory(texts: Iterable[str], tokenizer: Tokenizer) -> TokenStore:
 
 
 def batches_of_text(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists of about `CHARACTERS_AT_ONCE`; those without text are left out."""
+    """Group documents into lists of about `CHARACTERS_AT_ONCE`; empty ones are left out."""
     batch: list[str] = []
     size = 0
     for text in filter(None, texts):
@@ -168,7 +175,7 @@ def batches_of_text(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def first_characters(texts: Iterable[str], count: int) -> Iterator[str]:
-    """Documents up to a number of characters; the last one may be cut there."""
+    """The first documents, with `count` characters in all; the last one may be cut."""
     for text in texts:
         if count <= 0:
             return

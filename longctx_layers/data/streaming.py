@@ -1,192 +1,82 @@
 """Packed batches from a stream of documents that is tokenised while it is read.
 
-The stream is dealt to lanes, one for each row of the batches of all processes: a document goes to
-the lane with the least text so far. Row b of a batch goes on in its lane where row b of the one
-before stopped. Who reads a lane does not matter, so batches are the same with any number of
-workers, and those of two processes are together those of one with twice the rows.
+The documents are dealt to lanes, one lane for each row of the batches of all processes: a document
+goes to the lane with the least text so far. Row b of a batch continues its lane where row b of the
+previous batch stopped. It does not matter who reads a lane. So the batches are the same with any
+number of workers, and the batches of two processes are together those of one process with twice as
+many rows.
 
-Everybody reads the whole stream and tokenises what is in his lanes. Documents are shuffled in
-blocks: a place in the stream is then the start of a block, and reading on from there is exact.
+Every worker reads the whole stream, and tokenises the documents of its own lanes. Documents are
+shuffled within blocks, so that the start of a block is a place from which reading can resume
+exactly.
 """
 
 from __future__ import annotations
 
-import copy
 import os
-from collections import deque
 from collections.abc import Container, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
+from longctx_layers.data.lanes import Dealer, Lane
 from longctx_layers.data.loader import Position, TrainingLoader, torch_loader
-from longctx_layers.data.packing import Batch, Shape, row, stack
-from longctx_layers.data.store import digest
+from longctx_layers.data.packing import Batch, Shape, stack
 from longctx_layers.data.tokenizers import Tokenizer
 
-BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1024, 1 << 24  # whichever is reached first
-
-
-class Dealer:
-    """The documents of one epoch, in order, with the lane that each belongs to.
-
-    Args:
-        source: an iterable dataset with a column `text`.
-        held_out: digests of documents to leave out.
-        n_lanes: of all processes together.
-        order: numbers that the order within a block is drawn from.
-        anchor: where to start, from `anchors`; None for the first document.
-    """
-
-    def __init__(
-        self,
-        source: Any,
-        held_out: Container[int],
-        n_lanes: int,
-        order: tuple[int, ...],
-        anchor: dict[str, Any] | None = None,
-    ):
-        self.source = copy.deepcopy(source)  # its place is in it
-        self.held_out, self.order = held_out, order
-        start = {
-            "block": 0,
-            "source": None,
-            "characters": [0] * n_lanes,
-            "documents": [0] * n_lanes,
-        }
-        self.anchors = deque([anchor or start])
-        self.characters = list(self.anchors[0]["characters"])
-        self.documents = list(self.anchors[0]["documents"])
-
-    def __iter__(self) -> Iterator[tuple[int, int, str]]:
-        """`(lane, number, text)`: the text is document `number` of the lane."""
-        block = self.anchors[0]["block"]
-        self.source.load_state_dict(self.anchors[0]["source"])
-        examples = iter(self.source)
-        while texts := self._block(examples):
-            after = self.source.state_dict()
-            for place in np.random.default_rng([*self.order, block]).permutation(len(texts)):
-                lane = self.characters.index(min(self.characters))
-                number = self.documents[lane]
-                self.documents[lane] += 1
-                self.characters[lane] += len(texts[place])
-                yield lane, number, texts[place]
-            block += 1
-            self.anchors.append(
-                {
-                    "block": block,
-                    "source": after,
-                    "characters": list(self.characters),
-                    "documents": list(self.documents),
-                }
-            )
-
-    def _block(self, examples: Iterator[dict[str, str]]) -> list[str]:
-        texts: list[str] = []
-        size = 0
-        for example in examples:
-            text = example["text"]
-            if text and digest(text) not in self.held_out:
-                texts.append(text)
-                size += len(text)
-                if len(texts) >= BLOCK_DOCUMENTS or size >= BLOCK_CHARACTERS:
-                    break
-        return texts
-
-
-class Lane:
-    """The tokens of one row, batch after batch.
-
-    Args:
-        done: documents that lie before the first token.
-        offset: the first token's place in its document.
-        parity: of the segment ids: 0 or 1, another one in the next epoch, so that no state is
-            carried over from the last one.
-    """
-
-    def __init__(self, done: int, offset: int, parity: int):
-        self.done, self.offset, self.parity = done, offset, parity
-        self.texts: deque[str] = deque()
-        self.ready: deque[np.ndarray] = deque()  # ids of documents; of the first, all as well
-        self.n_ready = 0
-
-    def add(self, number: int, text: str) -> None:
-        """Document `number` of the lane, unless it lies before the first token."""
-        if number >= self.done:
-            self.texts.append(text)
-
-    def tokenise(self, tokenizer: Tokenizer) -> None:
-        """The next text becomes ready tokens."""
-        (ids,) = tokenizer.encode_batch([self.texts.popleft()])
-        skipped = 0 if self.ready else self.offset
-        self.ready.append(np.append(ids.astype(np.int64), tokenizer.end_of_text))
-        self.n_ready += len(self.ready[-1]) - skipped
-
-    def take(self, length: int) -> Batch:
-        """A row of `length`; what is not ready becomes pads."""
-        ids, segments, missing, offset = [], [], length + 1, self.offset
-        for place, document in enumerate(self.ready):
-            piece = document[offset : offset + missing]
-            ids.append(piece)
-            segments.append(np.full(len(piece), 2 * (self.done + place) + self.parity))
-            missing -= len(piece)
-            offset = 0
-            if not missing:
-                break
-        size = min(length, self.n_ready)
-        self._advance(size)
-        nothing = np.empty(0, np.int64)
-        return row(
-            np.concatenate([nothing, *ids]), np.concatenate([nothing, *segments]), size, length
-        )
-
-    def _advance(self, size: int) -> None:
-        self.n_ready -= size
-        self.offset += size
-        while self.ready and self.offset >= len(self.ready[0]):
-            self.offset -= len(self.ready.popleft())
-            self.done += 1
+if TYPE_CHECKING:
+    from longctx_layers.data.module import LongContextData
 
 
 class Piece(NamedTuple):
-    """What one worker adds to a batch, and where that leaves it."""
+    """What one worker contributes to a batch, and its position after it.
 
-    rows: Batch  # every n-th row of the batch, from the worker's own number on
-    lanes: dict[int, tuple[int, int]]  # `done` and `offset` of each of the worker's lanes
-    anchor: dict[str, Any]  # a place in the stream before all that these lanes still need
-    more: bool  # whether tokens are left
+    Attributes:
+        rows: every n-th row of the batch, from the worker's own number on.
+        lanes: `done` and `offset` of each of the worker's lanes.
+        anchor: a place in the stream before everything that these lanes still need.
+        more: whether tokens are left.
+    """
+
+    rows: Batch
+    lanes: dict[int, tuple[int, int]]
+    anchor: dict[str, Any]
+    more: bool
 
 
-class StreamedRows(IterableDataset):
-    """Pieces of batches, without end: pads follow the last document."""
+class StreamedRows(IterableDataset[Piece]):
+    """Pieces of batches, without end: after the last document there is only padding."""
 
     def __init__(
         self, source: Any, held_out: Container[int], tokenizer: Tokenizer, shape: Shape, seed: int
-    ):
-        self.source, self.held_out, self.tokenizer = source, held_out, tokenizer
-        self.shape, self.seed = shape, seed
+    ) -> None:
+        self.source = source
+        self.held_out = held_out
+        self.tokenizer = tokenizer
+        self.shape = shape
+        self.seed = seed
         self.position = Position()
 
     def __iter__(self) -> Iterator[Piece]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are workers instead
-            # Otherwise `datasets` would show each worker another part of the stream.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel already
+            # Otherwise `datasets` would show each worker a different part of the stream.
             torch.utils.data.get_worker_info = lambda: None
-        epoch, _, state = self.position
-        state = state or {"anchor": None, "lanes": {}}
+        epoch = self.position.epoch
+        state = self.position.stream or {"anchor": None, "lanes": {}}
+        places: dict[int, tuple[int, int]] = state["lanes"]
         dealer = Dealer(
             self.source, self.held_out, self.shape.all_rows, (self.seed, epoch), state["anchor"]
         )
         begin = self.shape.rank * self.shape.rows
-        lanes = {
-            lane: Lane(*state["lanes"].get(lane, (0, 0)), parity=epoch % 2)
-            for lane in range(begin + first, begin + self.shape.rows, step)
-        }
+        lanes = {}
+        for number in range(begin + first, begin + self.shape.rows, step):
+            done, offset = places.get(number, (0, 0))
+            lanes[number] = Lane(done, offset, parity=epoch % 2)
         documents = iter(dealer)
         while True:
             for number, lane in lanes.items():
@@ -205,12 +95,12 @@ class StreamedRows(IterableDataset):
     def _feed(
         self, number: int, lanes: dict[int, Lane], documents: Iterator[tuple[int, int, str]]
     ) -> bool:
-        """Make one more document of lane `number` ready, if there is one."""
+        """Tokenise one more document of lane `number`; returns False if there is none."""
         while not lanes[number].texts:
-            dealt = next(documents, None)
-            if dealt is None:
+            document = next(documents, None)
+            if document is None:
                 return False
-            owner, place, text = dealt
+            owner, place, text = document
             if owner in lanes:
                 lanes[owner].add(place, text)
         lanes[number].tokenise(self.tokenizer)
@@ -222,12 +112,12 @@ class StreamedLoader(TrainingLoader):
 
     def __init__(
         self,
-        data: Any,
+        data: LongContextData,
         rows: StreamedRows,
         num_workers: int,
         endless: bool = False,
         **options: Any,
-    ):
+    ) -> None:
         super().__init__(data, endless)
         self.rows = rows
         self.num_workers = min(num_workers, rows.shape.rows)
@@ -250,7 +140,7 @@ class StreamedLoader(TrainingLoader):
 
 
 def merged(streams: list[dict[str, Any]]) -> dict[str, Any]:
-    """The places of all lanes, and an anchor before all of them."""
+    """The positions of all lanes, and an anchor before all of them."""
     return {
         "anchor": min((stream["anchor"] for stream in streams), key=lambda a: a["block"]),
         "lanes": {n: place for stream in streams for n, place in stream["lanes"].items()},
@@ -258,7 +148,7 @@ def merged(streams: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def of_all_processes(position: Position, world_size: int) -> Position:
-    """The position with the lanes of all processes; to be called by all of them."""
+    """The position with the lanes of all processes; every process must call it."""
     if position.stream is None or world_size == 1:
         return position
     streams: list[Any] = [None] * dist.get_world_size()
@@ -267,7 +157,7 @@ def of_all_processes(position: Position, world_size: int) -> Position:
 
 
 def _any_process(here: bool, world_size: int) -> bool:
-    """Whether it is so on any process: all of them must give their batches up together."""
+    """Whether it is true on any process: all must end an epoch at the same batch."""
     if world_size == 1:
         return here
     device = "cpu" if "gloo" in dist.get_backend() else "cuda"
@@ -277,7 +167,7 @@ def _any_process(here: bool, world_size: int) -> bool:
 
 
 def _interleaved(parts: list[Batch]) -> Batch:
-    """Row b of part w is row `b * len(parts) + w`."""
+    """One batch of the workers' parts: row b of part w is row `b * len(parts) + w`."""
     n = len(parts)
     batch = {
         name: values.new_empty(sum(len(p[name]) for p in parts), values.shape[1])

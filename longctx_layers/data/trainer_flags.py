@@ -1,4 +1,4 @@
-"""What flags of the trainer mean for these data; what cannot be meant is refused by name."""
+"""Options of Lightning's trainer that concern the data: checks of those that do not fit it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from longctx_layers.data.errors import DataError
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse flags that cannot be meant, whatever the data; before any is read.
+    """Check options that fit no data, before any is read.
 
     Raises:
-        DataError: for training without batches, and for validation by the clocks of processes.
+        DataError: for training without batches, and for several processes that would validate by
+            their own clocks.
     """
     if trainer is None or trainer.state.fn != "fit":
         return
@@ -30,8 +31,13 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
+def is_trial(trainer: Any) -> bool:
+    """Whether the trainer only tries a few batches (`fast_dev_run`) and writes nothing."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def batch_limit(trainer: Any) -> str:
-    """How much of an epoch is trained on, as words that tell 1 batch from all of them."""
+    """How much of an epoch is trained on, in words: 1 batch and all of them (1.0) are different."""
     limit = 1.0 if trainer is None else trainer.limit_train_batches
     if isinstance(limit, int):
         return str(limit)
@@ -39,45 +45,49 @@ def batch_limit(trainer: Any) -> str:
 
 
 def check_end(trainer: Any, streaming: bool) -> None:
-    """Check that the number of steps is known, over which the learning rate falls.
+    """Check that the number of steps is known: the learning rate falls over it.
 
     Raises:
-        DataError: if it is not.
+        DataError: if it is not known.
     """
     if trainer.max_steps != -1:
         return
     epochs = trainer.max_epochs
-    if epochs is None:  # before training; the trainer then takes 1000 epochs, without a timer
-        epochs = -1 if any(isinstance(one, Timer) for one in trainer.callbacks) else 1000
+    if epochs is None:  # before training; without a timer, the trainer's default is 1000 epochs
+        has_timer = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+        epochs = -1 if has_timer else 1000
     if epochs == -1:
-        reason, remedy = "and no number of epochs", "--trainer.max_steps or --trainer.max_epochs"
+        reason = "and no number of epochs"
+        remedy = "--trainer.max_steps or --trainer.max_epochs"
     elif streaming and not isinstance(trainer.limit_train_batches, int):
         reason = "and epochs of a stream, whose length is not known"
         remedy = "--trainer.max_steps, or --trainer.limit_train_batches with the number of epochs"
     else:
         return
     raise DataError(
-        "--trainer.max_steps: expected a number, since the schedule of the learning rate goes by "
+        "--trainer.max_steps: expected a number, since the learning rate is scheduled by "
         f"steps, got -1 {reason}; pass {remedy} (--trainer.max_time may end the run earlier)"
     )
 
 
 def settle_stream(trainer: Any) -> bool:
-    """Fit a trainer to a stream, whose length is not known.
+    """Adapt a trainer to a stream, whose length is not known.
 
-    Validation every so many batches counts them through all epochs: those of one could be fewer.
+    If it validates every n batches, these are counted across epochs: one epoch could have fewer.
 
     Returns:
-        Whether the trainer ends epochs by their number of batches. They then go on with the stream
-        where the last one stopped.
+        Whether the trainer ends epochs after a number of batches. An epoch then continues the
+        stream where the last one stopped.
 
     Raises:
-        DataError: for a fraction of the stream, and for what would depend on its length.
+        DataError: for a fraction of the stream, and for other options that depend on its length.
     """
     if trainer is None:
         return False
-    limit, every = trainer.limit_train_batches, trainer.check_val_every_n_epoch
-    limited, interval = isinstance(limit, int), _batches_to_validation(trainer)
+    limit = trainer.limit_train_batches
+    limited = isinstance(limit, int)
+    interval = _batches_to_validation(trainer)
+    every = trainer.check_val_every_n_epoch
     if not limited and limit != 1.0:
         name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
         raise DataError(
@@ -94,7 +104,7 @@ def settle_stream(trainer: Any) -> bool:
     elif isinstance(interval, int) and every is not None:
         if every != 1:
             raise DataError(
-                "--trainer.check_val_every_n_epoch: expected none beside --trainer."
+                "--trainer.check_val_every_n_epoch: expected none together with --trainer."
                 f"val_check_interval={interval}, which may be more batches than an epoch of a "
                 f"stream has, got {every}; leave one of them out"
             )
@@ -103,10 +113,11 @@ def settle_stream(trainer: Any) -> bool:
 
 
 def check_interval(trainer: Any, batches: int) -> None:
-    """Raise if validation waits for more batches than an epoch has, so that it never came."""
+    """Raise DataError if validation waits for more batches than an epoch has, that is, forever."""
     if trainer is None:
         return
-    interval, limit = _batches_to_validation(trainer), trainer.limit_train_batches
+    interval = _batches_to_validation(trainer)
+    limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if (
         isinstance(interval, int)
@@ -122,5 +133,5 @@ def check_interval(trainer: Any, batches: int) -> None:
 
 
 def _batches_to_validation(trainer: Any) -> int | float | None:
-    """A number of batches or a fraction of an epoch; None where validation goes by time."""
+    """A number of batches or a fraction of an epoch; None if validation is by time."""
     return getattr(trainer, "val_check_interval", None)

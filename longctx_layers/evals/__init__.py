@@ -5,17 +5,7 @@ score = evaluate(model, Passkey(distance=256), length=131072, n=16)
 print(score.accuracy, score.low, score.high, score.chance, score.accuracy_state_zeroed)
 """
 
-from longctx_layers.evals.associative import Mqar
-from longctx_layers.evals.distances import ChunkTransfer, DriftCurve
-from longctx_layers.evals.perplexity import (
-    Slope,
-    Stream,
-    accuracy_interval,
-    buckets,
-    drift,
-    rotations,
-    stream,
-)
+from longctx_layers.evals.perplexity import Stream, buckets, rotations, stream, token_losses
 from longctx_layers.evals.probing import (
     Answers,
     answer,
@@ -25,17 +15,34 @@ from longctx_layers.evals.probing import (
     read,
     zero_memory,
 )
-from longctx_layers.evals.recall import CopyRecall, Passkey, Recall
-from longctx_layers.evals.scoring import Score, effective_length, evaluate, needle_grid, wilson
-from longctx_layers.evals.tasks import Batch, Task
-from longctx_layers.evals.vocabulary import SYNTHETIC, Vocabulary, text_vocabulary
-
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Passkey, CopyRecall, DriftCurve, Mqar, ChunkTransfer)
-}
+from longctx_layers.evals.scoring import Score, effective_length, evaluate, needle_grid
+from longctx_layers.evals.statistics import (
+    Interval,
+    accuracy_interval,
+    mean_interval,
+    paired_interval,
+    wilson,
+)
+from longctx_layers.evals.tasks import (
+    SYNTHETIC,
+    TASKS,
+    Batch,
+    ChunkTransfer,
+    CopyRecall,
+    DriftCurve,
+    Mqar,
+    Passkey,
+    Recall,
+    Task,
+    Vocabulary,
+    register_task,
+    text_vocabulary,
+)
+from longctx_layers.evals.tasks.drift_curve import Slope, drift
 
 __all__ = [
     "TASKS",
+    "register_task",
     "Task",
     "Batch",
     "Recall",
@@ -51,7 +58,6 @@ __all__ = [
     "evaluate",
     "needle_grid",
     "effective_length",
-    "wilson",
     "Answers",
     "answer",
     "read",
@@ -61,9 +67,14 @@ __all__ = [
     "zero_memory",
     "Stream",
     "stream",
+    "token_losses",
     "rotations",
-    "accuracy_interval",
+    "buckets",
     "Slope",
     "drift",
-    "buckets",
+    "Interval",
+    "mean_interval",
+    "paired_interval",
+    "wilson",
+    "accuracy_interval",
 ]

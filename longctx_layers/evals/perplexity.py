@@ -1,8 +1,8 @@
-"""Streaming perplexity: the loss by position in a text far longer than the model was trained on."""
+"""The loss of every token: of short sequences, and of texts far longer than the training length."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.evals.probing import Progress, zero_memory
-from longctx_layers.evals.scoring import Z, wilson
+from longctx_layers.evals.statistics import accuracy_interval as accuracy_interval
+from longctx_layers.evals.tasks.drift_curve import Slope as Slope
+from longctx_layers.evals.tasks.drift_curve import drift as drift
 from longctx_layers.layers.parameters import device_of
-from longctx_layers.lm.model import LongContextLM
+from longctx_layers.lm.model import LongContextLM, ModelState
 from longctx_layers.ops.checks import expect_positive
-
-STRETCH = 64  # tokens of text that are taken for alike
 
 
 class Stream(NamedTuple):
-    """What a model knew of a text that it read as a stream.
+    """What a model predicted of a text that it read as a stream.
 
     Attributes:
         loss: `[B, T]`, of each next token, in nats.
-        right: `[B, T]`, whether it was the likeliest.
+        right: `[B, T]`, whether the next token was the most likely one.
         state_bytes: size of one row's state at the end.
     """
 
@@ -32,17 +32,67 @@ class Stream(NamedTuple):
     state_bytes: int
 
 
-class Slope(NamedTuple):
-    """A change of the loss with the position, nats per 1000 tokens, and its 95 % interval."""
+@torch.no_grad()
+def token_losses(
+    model: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    *,
+    length: int | None = None,
+    tokens_at_once: int = 8192,
+) -> Tensor:
+    """The loss of every next token, in nats: how well does a model predict a text?
 
-    mean: float
-    low: float
-    high: float
+    It works with any model that returns logits; `stream` carries a state along and so reads texts
+    of any length.
+
+    Args:
+        model: maps ids `[B, T]` to logits `[B, T, vocab_size]`; in evaluation mode.
+        ids: `[B, T + 1]` int64.
+        length: read the ids in sequences of this length, each without the context before it. T
+            must be a multiple. By default all at once.
+        tokens_at_once: number of tokens whose logits exist at once; at least one sequence.
+
+    Returns:
+        `[B, T]` float32.
+
+    >>> import torch
+    >>> from longctx_layers import create_model
+    >>> model = create_model(vocab_size=256, num_params="tiny").eval()
+    >>> token_losses(model, torch.randint(256, (2, 65)), length=16).shape
+    torch.Size([2, 64])
+    """
+    total = ids.shape[1] - 1
+    length = total if length is None else length
+    expect_positive("length", length)
+    expect_positive("tokens_at_once", tokens_at_once)
+    if total % length:
+        raise ValueError(
+            f"length: expected a divisor of the {total} tokens of a row, got {length}; cut the ids"
+        )
+    x = ids[:, :-1].reshape(-1, length)
+    y = ids[:, 1:].reshape(-1, length)
+    rows = max(1, tokens_at_once // length)
+    losses = [
+        F.cross_entropy(model(a).float().flatten(0, 1), b.flatten(), reduction="none")
+        for a, b in zip(x.split(rows), y.split(rows), strict=True)
+    ]
+    return torch.cat(losses).view(len(ids), total)
 
 
 def rotations(ids: Tensor, count: int, part: int) -> Tensor:
-    """`[count, T]`: the text `[T]` begun at `count` places, so that each of its parts is read at
-    as many positions. T is cut to a multiple of `count * part`.
+    """The text from `count` starting points, so that the same part is read at many positions.
+
+    Args:
+        ids: `[T]`, a text. It is cut to a multiple of `count * part` tokens.
+        count: number of starting points.
+        part: number of tokens of a part.
+
+    Returns:
+        `[count, T]`, each row the whole text, continued at its beginning.
+
+    >>> import torch
+    >>> rotations(torch.arange(6), count=3, part=2).tolist()
+    [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1], [4, 5, 0, 1, 2, 3]]
     """
     expect_positive("count", count)
     expect_positive("part", part)
@@ -50,7 +100,7 @@ def rotations(ids: Tensor, count: int, part: int) -> Tensor:
     if length == 0:
         raise ValueError(
             f"text: expected at least {count * part} tokens for {count} rotations of parts of "
-            f"{part}, got {len(ids)}; take a longer text, or fewer rotations"
+            f"{part}, got {len(ids)}; use a longer text or fewer rotations"
         )
     return torch.stack([ids[:length].roll(-i * (length // count)) for i in range(count)])
 
@@ -64,31 +114,41 @@ def stream(
     forget_every: int | None = None,
     progress: Progress | None = None,
 ) -> Stream:
-    """Read `[B, T + 1]` ids as streams and score every next token; memory does not grow with T.
+    """Predict every next token of texts of any length; memory does not grow with the length.
 
     Args:
-        model: the language model; it runs in evaluation mode, and is left as it was.
-        piece: tokens of a row read at once.
-        forget_every: tokens after which the recurrent state is emptied again and again; None for
+        model: the language model. It runs in evaluation mode and is restored to its mode.
+        ids: `[B, T + 1]` int64.
+        piece: number of tokens of a row that are read at once.
+        forget_every: clear the recurrent state whenever this many tokens have been read; None for
             never.
         progress: called with the number of tokens read since the last call.
+
+    >>> import torch
+    >>> from longctx_layers import create_model
+    >>> model = create_model(vocab_size=256, num_params="tiny", block_type="dpassm")
+    >>> stream(model, torch.randint(256, (1, 301)), piece=64).loss.shape
+    torch.Size([1, 300])
     """
     expect_positive("piece", piece)
     device = device_of(model.embedding, model)
     training = model.training
     model.eval()
-    losses, right, state = [], [], None
+    losses: list[Tensor] = []
+    right: list[Tensor] = []
+    state: ModelState | None = None
     size = piece if forget_every is None else min(piece, forget_every)
-    since = 0
+    since = 0  # tokens since the state was cleared
     try:
         for x, y in zip(ids[:, :-1].split(size, 1), ids[:, 1:].split(size, 1), strict=True):
             if forget_every is not None and state is not None and since >= forget_every:
-                state, since = zero_memory(model, state), 0
+                state = zero_memory(model, state)
+                since = 0
             logits, state = model(x.to(device), state, return_state=True)
-            wanted = y.to(device)
-            loss = F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
+            labels = y.to(device)
+            loss = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
             losses.append(loss.cpu())
-            right.append((logits.argmax(-1) == wanted).cpu())
+            right.append((logits.argmax(-1) == labels).cpu())
             since += size
             if progress is not None:
                 progress(x.numel())
@@ -98,76 +158,18 @@ def stream(
     return Stream(torch.cat(losses, 1), torch.cat(right, 1), total // len(ids))
 
 
-def drift(loss: Tensor, part: int, skip: int = 0) -> Slope:
-    """The slope of the loss over the position, the text held fixed.
+def buckets(losses: Sequence[float]) -> list[tuple[int, int, float]]:
+    """Mean loss over the positions 1-16, 17-32, 33-64, ...: `(first, last, mean)`.
 
-    Row i of `[B, T]` is `rotations(...)[i]`, so that each part of the text is there at B
-    positions. Its own mean is taken off, since some parts are harder than others, and one line is
-    fitted to what is left. The interval takes the parts for independent (a cluster-robust error).
-
-    Args:
-        loss: `[B, T]`, in nats.
-        part: tokens of a part.
-        skip: positions left out at the beginning, where there is little context yet.
-
-    Raises:
-        ValueError: for fewer than two rows or ten parts.
+    >>> buckets([2.0] * 16 + [1.0] * 8)
+    [(1, 16, 2.0), (17, 24, 1.0)]
     """
-    rows, length = loss.shape
-    parts = length // part
-    if rows < 2 or parts < 10 or parts % rows:
-        raise ValueError(
-            f"drift: expected at least 2 rotations of at least 10 parts, a multiple of their "
-            f"number, got {rows} of {parts}; read a longer text, or in smaller parts"
-        )
-    means = loss[:, : parts * part].double().view(rows, parts, part).mean(-1)
-    position = (torch.arange(parts, dtype=torch.float64) + 0.5) * part / 1000
-    shift = parts // rows * torch.arange(rows)
-    index = (torch.arange(parts) - shift[:, None]) % parts  # where a part of the text stands
-    y, x = means.gather(1, index), position[index]  # [rows, parts of the text]
-    kept = (x >= (skip / 1000)).double()
-    count = kept.sum(0).clamp(min=1)
-    x = (x - (x * kept).sum(0) / count) * kept
-    y = (y - (y * kept).sum(0) / count) * kept
-    spread = (x * x).sum()
-    slope = ((x * y).sum() / spread).item()
-    scores = (x * (y - slope * x)).sum(0)  # of each part
-    half = Z * (scores.pow(2).sum().sqrt() / spread).item()
-    return Slope(slope, slope - half, slope + half)
-
-
-def accuracy_interval(right: Tensor, behind: slice) -> tuple[float, float]:
-    """The 95 % interval of the accuracy at some positions of `rotations(...)`.
-
-    The same tokens are read in every rotation, and neighbours are alike: stretches of the text are
-    what is taken for independent (a cluster-robust error). It is never narrower than Wilson's over
-    as many tokens as the text has, which is more than none where all were right, or all wrong.
-
-    Args:
-        right: `[rotations, T]`, whether each token was known.
-        behind: the positions.
-    """
-    rows, length = right.shape
-    shift = length // rows * torch.arange(rows)
-    stretch = (torch.arange(length) + shift[:, None]) % length // STRETCH
-    chosen, at = right[:, behind].double().flatten(), stretch[:, behind].flatten()
-    empty = torch.zeros(int(stretch.max()) + 1, dtype=torch.float64)
-    known = empty.index_add(0, at, chosen)
-    asked = empty.index_add(0, at, torch.ones_like(chosen))
-    accuracy = chosen.mean().item()
-    count = int((asked > 0).sum())
-    error = (known - accuracy * asked).square().sum().sqrt().item() / len(chosen)
-    half = Z * error * math.sqrt(count / max(1, count - 1))
-    tokens = min(len(chosen), length)
-    low, high = wilson(accuracy * tokens, tokens)
-    return max(0.0, min(low, accuracy - half)), min(1.0, max(high, accuracy + half))
-
-
-def buckets(losses: list[float]) -> list[tuple[int, int, float]]:
-    """Mean loss over positions 1-16, 17-32, 33-64, ...: `(first, last, mean)`."""
-    found, low, high = [], 0, 16
+    means: list[tuple[int, int, float]] = []
+    low = 0
+    high = 16
     while low < len(losses):
         part = losses[low:high]
-        found.append((low + 1, low + len(part), sum(part) / len(part)))
-        low, high = high, 2 * high
-    return found
+        means.append((low + 1, low + len(part), sum(part) / len(part)))
+        low = high
+        high *= 2
+    return means

@@ -1,4 +1,4 @@
-"""Reading long inputs in pieces, answering questions on the way, with and without the memory."""
+"""Ask a model about a long input, with its recurrent state and with that state cleared."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.evals.tasks import Batch
+from longctx_layers.evals.tasks.base import Batch
 from longctx_layers.layers.parameters import device_of
 from longctx_layers.lm.block import Block
 from longctx_layers.lm.loss import IGNORED_LABEL
 from longctx_layers.lm.model import LongContextLM, ModelState
 from longctx_layers.ops.checks import expect_positive
 
-Progress = Callable[[int], object]  # is told how many more tokens have been read
+Progress = Callable[[int], object]  # called with the number of tokens read since the last call
 
 
 class Answers(NamedTuple):
-    """What a model said to the labels of a batch, one entry a label, `[n]`.
+    """A model's answers to the labels of a batch, one entry for each label, `[n]`.
 
     Attributes:
-        row, place: where the label stands in `[B, T]`.
-        right: whether the likeliest of all tokens is the label.
+        row, place: position of the label in `[B, T]`.
+        right: whether the label is the most likely of all tokens.
         loss: of the label, in nats.
     """
 
@@ -39,6 +39,10 @@ def reach(model: LongContextLM) -> int | None:
 
     L layers with windows of W reach L (W - 1) tokens back; longformer's and bigbird's global and
     random keys reach further. None if a layer sees everything.
+
+    >>> from longctx_layers import create_model
+    >>> reach(create_model(256, "tiny", "dpassm", {"window_size": 16}))
+    60
     """
     total = 0
     for block in cast("list[Block]", list(model.blocks)):
@@ -49,16 +53,25 @@ def reach(model: LongContextLM) -> int | None:
 
 
 def memory(model: LongContextLM, state: ModelState) -> list[dict[str, Tensor]]:
-    """The recurrent accumulators of each layer by name: h of dpassm, the two sums of blade."""
-    return [
-        {name: getattr(layer, name) for name, f in block.mixer.fields().items()
-         if f.kind == "accumulator"}
-        for block, layer in zip(cast("list[Block]", list(model.blocks)), state, strict=True)
-    ]  # fmt: skip
+    """The recurrent state of each layer by name: `h` of dpassm, the two sums of blade."""
+    layers: list[dict[str, Tensor]] = []
+    for block, layer_state in zip(cast("list[Block]", list(model.blocks)), state, strict=True):
+        fields = block.mixer.fields()
+        names = [name for name, field in fields.items() if field.kind == "accumulator"]
+        layers.append({name: getattr(layer_state, name) for name in names})
+    return layers
 
 
 def zero_memory(model: LongContextLM, state: ModelState) -> ModelState:
-    """The state with nothing in its `memory`; keys, values and the convolutions' tails stay."""
+    """The state with its `memory` set to zero; keys, values and convolution inputs stay.
+
+    >>> import torch
+    >>> from longctx_layers import create_model
+    >>> model = create_model(256, "tiny", "dpassm")
+    >>> state = zero_memory(model, read(model, torch.randint(256, (1, 100))))
+    >>> bool(state[0].h.any())
+    False
+    """
     return tuple(
         layer._replace(**{name: torch.zeros_like(x) for name, x in parts.items()})
         for layer, parts in zip(state, memory(model, state), strict=True)
@@ -66,7 +79,7 @@ def zero_memory(model: LongContextLM, state: ModelState) -> ModelState:
 
 
 def has_memory(model: LongContextLM) -> bool:
-    """Whether any layer has recurrent state that `zero_memory` would empty."""
+    """Whether any layer has recurrent state, which `zero_memory` clears."""
     parts = memory(model, model.init_state(1))
     return any(x.numel() > 0 for layer in parts for x in layer.values())
 
@@ -80,10 +93,13 @@ def read(
     tokens_at_once: int = 8192,
     progress: Progress | None = None,
 ) -> ModelState:
-    """The state behind `[B, T]` ids, read in pieces: memory does not grow with T.
+    """Prefill: the state after `[B, T]` ids. They are read in pieces; memory is constant in T.
 
     Args:
-        tokens_at_once: of how many tokens, over all rows, activations exist at once.
+        model: the language model, in evaluation mode.
+        ids: `[B, T]` int64.
+        state: of the tokens before; by default there are none.
+        tokens_at_once: number of tokens, over all rows, whose activations exist at once.
         progress: called with the number of tokens read since the last call.
     """
     expect_positive("tokens_at_once", tokens_at_once)
@@ -104,30 +120,33 @@ def answer(
     tokens_at_once: int = 8192,
     progress: Progress | None = None,
 ) -> tuple[Answers, Answers | None]:
-    """Answers to a batch; and those without memory, if that is probed.
+    """Answers to a batch, and the answers without the recurrent state if `probe` asks for them.
 
-    The probe empties the recurrent state at the first question; and once before, a `reach` earlier,
-    so that the windows' keys and values at the question come from a model that had nothing to
-    remember. What is still answered then is not the memory's doing.
+    The probe clears the recurrent state at the first question, and once more `reach` tokens before
+    it, so that the keys and values in the windows come from a model without a memory as well. What
+    is still answered correctly was not carried by the recurrent state.
 
     Args:
         model: the language model, in evaluation mode.
         batch: of a task.
-        probe: whether to answer without the memory too; None comes back for a model that has none.
+        probe: whether to answer without the recurrent state too. The second result is None without
+            it, and for a model that has no recurrent state.
         tokens_at_once, progress: as for `read`.
     """
     device = device_of(model.embedding, model)
-    ids, labels = batch.ids.to(device), batch.labels.to(device)
+    ids = batch.ids.to(device)
+    labels = batch.labels.to(device)
     options: dict[str, Any] = {"tokens_at_once": tokens_at_once, "progress": progress}
-    asked, cut = batch.asked, max(0, batch.asked - (reach(model) or 0))
+    asked = batch.asked
+    cut = max(0, asked - (reach(model) or 0))
     before = read(model, ids[:, :cut], **options)
-    told = read(model, ids[:, cut:asked], before, **options)
-    answers = _answer(model, told, ids, labels, asked, **options)
+    at_question = read(model, ids[:, cut:asked], before, **options)
+    answers = _answer(model, at_question, ids, labels, asked, **options)
     if not (probe and has_memory(model)):
         return answers, None
     options["progress"] = None  # these tokens have been counted
-    empty = read(model, ids[:, cut:asked], zero_memory(model, before), **options)
-    return answers, _answer(model, zero_memory(model, empty), ids, labels, asked, **options)
+    cleared = read(model, ids[:, cut:asked], zero_memory(model, before), **options)
+    return answers, _answer(model, zero_memory(model, cleared), ids, labels, asked, **options)
 
 
 def _answer(
@@ -139,9 +158,10 @@ def _answer(
     tokens_at_once: int,
     progress: Progress | None,
 ) -> Answers:
-    """Answers to the labels from `asked` on; `state` is that behind the tokens before."""
+    """Answers to the labels from position `asked` on; `state` is that of the tokens before."""
     size = max(1, tokens_at_once // len(ids))
-    found, offset = [], asked
+    parts: list[list[Tensor]] = []
+    offset = asked
     pieces = zip(ids[:, asked:].split(size, 1), labels[:, asked:].split(size, 1), strict=True)
     for piece, wanted in pieces:
         hidden, state = model.backbone(piece, state)
@@ -150,8 +170,8 @@ def _answer(
         label = wanted[row, place]
         loss = F.cross_entropy(logits, label, reduction="none")
         right = logits.argmax(-1) == label
-        found.append([x.cpu() for x in (row, place + offset, right, loss)])
+        parts.append([x.cpu() for x in (row, place + offset, right, loss)])
         offset += piece.shape[1]
         if progress is not None:
             progress(piece.numel())
-    return Answers(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return Answers(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

@@ -1,7 +1,8 @@
-"""The models as transformers has them: needs the extra `hf`.
+"""Use the language models of this library with Hugging Face transformers (extra `hf`).
 
-Importing this module registers them, so that `AutoConfig` and `AutoModelForCausalLM` know the
-folders that they saved, and transformers' Trainer and pipelines know language models in them.
+Importing this module registers the model type. `AutoConfig` and `AutoModelForCausalLM` then load
+folders that these models were saved to, and transformers' Trainer and pipelines recognise them as
+causal language models:
 
     import longctx_layers.hf
     model = AutoModelForCausalLM.from_pretrained("folder")

@@ -1,4 +1,24 @@
-"""What `generate` hands from call to call: the model's state, as a cache of transformers."""
+"""`LongCtxCache`: the model's state in the form of a transformers cache.
+
+Design
+------
+transformers expects one cache object that the model updates in place, whereas these layers return
+a new state from each call. The cache therefore holds the latest state, and the model calls
+`record` with the next one.
+
+Assisted generation also needs to remove tokens: the model reads several guessed tokens at once,
+and `crop` removes the wrong ones. Keys and values can simply be cut off, but a recurrent state
+cannot be rewound. So while `activate_past_recording` is in effect, the cache keeps for each call
+the state before it and its inputs (a state is small, and so are the inputs of a few tokens).
+`crop(-n)` drops whole calls by restoring the state before them. If it cuts a call in the middle,
+the remaining columns must be read again, from the state before that call. The cache cannot run the
+model, so it keeps them as `unread`, and the model reads them at its next call.
+
+Rereading a long prompt for the sake of its last few tokens would be slow. `parts` splits off the
+last 64 columns of a long call as a call of their own; guesses are shorter, so `crop` rarely has to
+go back further. The recording ends with the next `crop`, as transformers defines it, or with the
+next `generate` without an assistant, if it was `generate` that switched it on.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +32,17 @@ from transformers import Cache
 from longctx_layers.layers import map_state, select_rows
 from longctx_layers.transformers_calls.documents import record_pads
 
-KEPT_APART = 64  # tokens at a recorded call's end: crop goes back this far without the rest
-
-# (x, state, segment_ids) to (outputs, state): one output or more, each `[B, T, D]`.
-Run = Callable[[Tensor, Any, "Tensor | None"], tuple[list[Tensor], Any]]
+LAST_PART = 64  # columns at the end of a recorded call that crop can remove without the others
 
 
-class _Call(NamedTuple):
-    """A call that can be taken back: the state before it, and its inputs."""
+class RecordedCall(NamedTuple):
+    """What it takes to repeat a call.
+
+    Attributes:
+        state: the state before the call.
+        x: `[B, T, D]`, embedded tokens.
+        segment_ids: `[B, T]` or None.
+    """
 
     state: Any
     x: Tensor
@@ -27,32 +50,40 @@ class _Call(NamedTuple):
 
 
 class LongCtxCache(Cache):
-    """The state of a `LongCtxForCausalLM`, in place of keys and values.
+    """Continue a `LongCtxForCausalLM` from call to call; replaces a key-value cache.
 
-    Its memory is what the layers' states take: constant for dpassm, blade, window and
-    baseline_longformer. It is empty at first, and a model's forward moves it on:
+    >>> from longctx_layers.hf import LongCtxCache, LongCtxForCausalLM
+    >>> model = LongCtxForCausalLM.from_native(create_model(256, "tiny")).eval()
+    >>> cache = LongCtxCache()
+    >>> for ids in torch.randint(256, (2, 12)).split(4, dim=1):
+    ...     logits = model(ids, past_key_values=cache).logits
+    >>> cache
+    LongCtxCache(seq_length=12, batch_size=2)
 
-        cache = LongCtxCache()
-        model(prompt, past_key_values=cache)
-        model(more, past_key_values=cache)
-
-    `copy.deepcopy(cache)` forks a conversation. States forget, so a token can only be taken back
-    after `activate_past_recording()`: from then on every call is kept until the next `crop`.
+    It takes the memory of the layers' states, which is constant for dpassm, blade, window and
+    baseline_longformer. `copy.deepcopy(cache)` forks a conversation. Tokens can only be removed
+    after `activate_past_recording()`, because a state cannot be rewound; from then on, every call
+    is kept until the next `crop`.
 
     Attributes:
-        state: what `LongContextLM` takes and returns; None while the cache is empty.
-        pads: `[B, n]` bool, which of the columns were pads; those after the n were tokens. None
-            without pads. A later attention_mask of the whole sequence is checked against it.
+        state: the state that `LongContextLM` takes and returns; None while the cache is empty.
+        pads: `[B, n]` bool, which of the first n columns were padding; later columns were tokens.
+            None if there was no padding. An attention_mask of the whole sequence must agree with
+            it.
+        unread: columns to read again before the next call, left over from a `crop` within a call;
+            None in general.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.state: Any = None
         self.pads: Tensor | None = None
+        self.unread: RecordedCall | None = None
         self._seen = 0
-        self._recording = self._recording_for_generate = self._is_user_defined = False
-        self._calls: list[_Call] = []
-        self._replay: _Call | None = None
+        self._recording = False
+        self._recording_for_generate = False
+        self._is_user_defined = False  # read by transformers
+        self._calls: list[RecordedCall] = []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seq_length={self._seen}, batch_size={self.batch_size})"
@@ -60,174 +91,184 @@ class LongCtxCache(Cache):
     def __len__(self) -> int:
         return 0 if self.state is None else len(self.state)
 
-    def settle(self, run: Run) -> None:
-        """Bring the state up to where the last `crop` left the cache."""
-        if self._replay is not None:
-            call, self._replay = self._replay, None
-            _, self.state = run(call.x, call.state, call.segment_ids)
+    # ---- For the model
 
-    def advance(self, run: Run, x: Tensor, segment_ids: Tensor | None) -> list[Tensor]:
-        """Run `[B, T, D]` from the state on, and move it: what `run` returns of the whole call."""
-        parts: list[list[Tensor]] = []
-        length = x.shape[1]
-        apart = self._recording and length > KEPT_APART
-        for part in [slice(0, -KEPT_APART), slice(-KEPT_APART, None)] if apart else [slice(None)]:
-            ids = None if segment_ids is None else segment_ids[:, part]
-            call = _Call(self.state, x[:, part], ids)
-            outputs, self.state = run(call.x, call.state, ids)
-            parts.append(outputs)
-            if self._recording:
-                self._calls.append(call)
-        self.pads = record_pads(self.pads, self._seen, segment_ids)
-        self._seen += length
-        if len(parts) == 1:
-            return parts[0]
-        return [torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True)]
+    def reread(self, state: Any) -> None:
+        """Replace the state by the one after the `unread` columns."""
+        self.state = state
+        self.unread = None
 
-    def begin_generation(self, *, given: bool, assisted: bool) -> None:
-        """Get ready for `generate`.
+    def parts(self, length: int) -> list[slice]:
+        """Return how the model must split the columns of a call, to `record` each part."""
+        if self._recording and length > LAST_PART:
+            return [slice(0, -LAST_PART), slice(-LAST_PART, None)]
+        return [slice(None)]
+
+    def record(self, x: Tensor, segment_ids: Tensor | None, state: Any) -> None:
+        """Take over the state after a call, or a part of one.
 
         Args:
-            given: whether the cache is the caller's, and outlives the call.
-            assisted: whether tokens will be taken back.
+            x: `[B, T, D]`, the embedded tokens that were read from the previous state.
+            segment_ids: `[B, T]`, or None for tokens that continue their segment.
+            state: the new state.
         """
-        self._is_user_defined = given
+        if self._recording:
+            self._calls.append(RecordedCall(self.state, x, segment_ids))
+        self.state = state
+        self.pads = record_pads(self.pads, self._seen, segment_ids)
+        self._seen += x.shape[1]
+
+    def begin_generation(self, *, user_defined: bool, assisted: bool) -> None:
+        """Prepare for a call of `generate`.
+
+        Args:
+            user_defined: whether the cache was passed to `generate`, so that it outlives the call.
+            assisted: whether tokens will be removed.
+        """
+        self._is_user_defined = user_defined
         if assisted and not self._recording:
-            self._recording = self._recording_for_generate = True
+            self._recording = True
+            self._recording_for_generate = True
         elif self._recording_for_generate and not assisted:
-            self._recording, self._recording_for_generate, self._calls = False, False, []
+            self._recording = False
+            self._recording_for_generate = False
+            self._calls = []
 
     def held_segment(self) -> Tensor | None:
-        """`[B]`, the id of the segment that each row is in; -1 before its first token."""
+        """Return the id of the segment that each row is in, `[B]`; -1 before its first token."""
         if self.state is None:
             return None
         segment: Tensor = self.state[0].segment
         return segment
 
-    # ---- What generate asks of a cache
+    # ---- The interface of a transformers cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen so far, pads included."""
+        """Return the number of columns read so far, including padding."""
         return self._seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no longest sequence."""
+        """Return -1, as there is no longest sequence."""
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns that a mask would have, and where they begin."""
+        """Return the number of columns that a mask would have, and the first one."""
         return self._seen + query_length, 0
 
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
     ) -> bool:
-        """Whether the cache has seen anything."""
+        """Return whether the cache has read anything."""
         return self._seen > 0
 
     @property
     def batch_size(self) -> int:
-        """Rows; -1 while the cache is empty."""
+        """Number of rows; -1 while the cache is empty."""
         held = self.held_segment()
         if held is None:
-            return -1 if self._replay is None else len(self._replay.x)
+            return -1 if self.unread is None else len(self.unread.x)
         return len(held)
 
     @property
     def is_linear(self) -> list[bool]:
-        """False: the cache knows how many columns it has seen, and begins where they end."""
+        """False, because the cache counts its columns itself."""
         return [False] * max(len(self), 1)
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the cache has seen anything."""
+        """Whether the cache has read anything."""
         return self._seen > 0
 
     @property
     def is_compileable(self) -> bool:
-        """False: `generate` shall not compile the model by itself."""
+        """False, so that `generate` does not compile the model on its own."""
         return False
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens can be taken back, with `activate_past_recording` beforehand: yes."""
+        """True: tokens can be removed, after `activate_past_recording`."""
         return True
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for these layers.
-
-        Raises:
-            TypeError: always.
-        """
+        """Raise TypeError: there are no keys and values to append to."""
         raise TypeError(
-            "LongCtxCache.update: expected a LongCtxForCausalLM to move the cache, got keys and "
-            "values of another model; give that model a DynamicCache"
+            "LongCtxCache.update: expected to be used by a LongCtxForCausalLM, got keys and values "
+            "of another model; pass a DynamicCache to that model"
         )
 
     def reset(self) -> None:
-        """Forget everything seen."""
-        self.state, self.pads, self._seen, self._calls, self._replay = None, None, 0, [], None
+        """Empty the cache."""
+        self.state = None
+        self.pads = None
+        self.unread = None
+        self._seen = 0
+        self._calls = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows by index `[n]`, in that order."""
+        """Select rows (beams) by index, `[n]`, in that order."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows of these indices, or of a mask, in that order."""
+        """Select rows by index, `[n]` in that order, or by a bool mask `[B]`."""
         rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
         self._map(lambda state: select_rows(state, rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Repeat each row, next to itself."""
         self._map(lambda state: map_state(lambda x: x.repeat_interleave(repeats, 0), state))
 
     def _map(self, change: Callable[[Any], Any]) -> None:
-        if self.state is None and self._replay is None:
+        """Apply a change of rows to everything that the cache holds."""
+        if self.state is None and self.unread is None:
             return
 
-        def changed(call: _Call) -> _Call:
-            inputs = (call.x,) if call.segment_ids is None else (call.x, call.segment_ids)
-            x, *ids = change(inputs)
-            return _Call(None if call.state is None else change(call.state), x, *ids or [None])
+        def changed(call: RecordedCall) -> RecordedCall:
+            state = None if call.state is None else change(call.state)
+            (x,) = change((call.x,))
+            segment_ids = call.segment_ids
+            if segment_ids is not None:
+                (segment_ids,) = change((segment_ids,))
+            return RecordedCall(state, x, segment_ids)
 
         self.state = None if self.state is None else change(self.state)
         if self.pads is not None:
             (self.pads,) = change((self.pads,))
         self._calls = [changed(call) for call in self._calls]
-        self._replay = None if self._replay is None else changed(self._replay)
+        self.unread = None if self.unread is None else changed(self.unread)
 
-    # ---- Taking tokens back
+    # ---- Removing tokens
 
     def activate_past_recording(self) -> None:
-        """Keep what is needed to take tokens back: the state before each call, and its inputs."""
+        """Keep what `crop` needs: the state before each call from now on, and its inputs."""
         self._recording = True
 
     def is_recording_past(self, layer_idx: int = 0) -> bool:
-        """Whether `crop` can take back what is seen from now on."""
+        """Return whether `crop` can remove the tokens that are read from now on."""
         return self._recording
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, and stop keeping what came before them.
+        """Remove the last tokens, and free the recording of those that stay.
 
-        Where a call is taken back in part, the next call computes its other tokens again. Cropping
-        by 0 only frees what was kept.
+        If only a part of a call is removed, the next call computes its other tokens again.
 
         Args:
-            tokens_to_remove: 0, or minus the number of columns to take back; or, as transformers
-                before 5.23 has it, the number of columns to leave.
+            tokens_to_remove: minus the number of columns to remove, or 0 to free the recording
+                only. A positive number is the number of columns to leave, as in transformers
+                before 5.23.
 
         Raises:
-            ValueError: for more than what was recorded.
+            ValueError: if the columns to remove were not all recorded.
         """
         remove = -tokens_to_remove
         if tokens_to_remove > 0:
             remove = max(self._seen - tokens_to_remove, 0)
-        calls = self._calls if self._replay is None else [self._replay]
-        kept = sum(call.x.shape[1] for call in calls)
-        if remove > kept:
+        calls = self._calls if self.unread is None else [self.unread]
+        recorded = sum(call.x.shape[1] for call in calls)
+        if remove > recorded:
             raise ValueError(
-                f"crop: expected at most the {kept} tokens since recording began or crop was last "
-                f"called, got {remove}; a state forgets: call activate_past_recording() before "
-                "the tokens that may have to go"
+                f"crop: expected to remove at most the {recorded} tokens since recording began or "
+                f"crop was last called, got {remove}; a state cannot be rewound: call "
+                "activate_past_recording() before tokens that may have to be removed"
             )
         self._seen -= remove
         if self.pads is not None:
@@ -235,38 +276,39 @@ class LongCtxCache(Cache):
         while remove:
             call = calls.pop()
             length = call.x.shape[1]
-            self.state, self._replay = call.state, None
+            self.state = call.state
+            self.unread = None
             if remove < length:
                 ids = None if call.segment_ids is None else call.segment_ids[:, :-remove]
-                self._replay = _Call(call.state, call.x[:, :-remove], ids)
+                self.unread = RecordedCall(call.state, call.x[:, :-remove], ids)
             remove -= min(remove, length)
         self._calls = []
 
 
 def expect_cache(cache: Any) -> LongCtxCache:
-    """The cache, or a TypeError for another kind."""
+    """Return the cache; raise TypeError if it is of another kind."""
     if not isinstance(cache, LongCtxCache):
         raise TypeError(
-            f"past_key_values: expected a LongCtxCache, got a {type(cache).__name__}; leave it out "
-            "to begin, or pass longctx_layers.hf.LongCtxCache()"
+            f"past_key_values: expected a LongCtxCache, got a {type(cache).__name__}; pass "
+            "longctx_layers.hf.LongCtxCache(), or leave it out"
         )
     return cache
 
 
 def check_cache_implementation(name: str | None, *, constant: bool) -> None:
-    """Raise ValueError for a `cache_implementation` that means nothing to these states.
+    """Raise ValueError for a `cache_implementation` that this cache cannot provide.
 
     Args:
         name: the option of `generate`.
         constant: whether the model's state has a constant size.
     """
-    # "dynamic_full" is what assisted generation asks for before 5.23.
+    # Assisted generation before transformers 5.23 asks for "dynamic_full".
     if name in (None, "dynamic", "dynamic_full") or (name == "static" and constant):
         return
-    reason = "the state is no keys and values to offload or quantize: leave it out"
+    remedy = "leave it out: there are no keys and values to offload or quantize"
     if name == "static":
-        reason = "the state of vanilla and baseline_bigbird grows: use other blocks"
+        remedy = "leave it out, or use other layers: this model's state grows with the sequence"
     raise ValueError(
-        "cache_implementation: expected None, 'dynamic', or 'static' where the state is constant, "
-        f"got {name!r}; {reason}"
+        "cache_implementation: expected None, 'dynamic', or 'static' for a model whose state has a "
+        f"constant size, got {name!r}; {remedy}"
     )

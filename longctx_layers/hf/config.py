@@ -1,4 +1,4 @@
-"""The model's shape as a config of transformers."""
+"""`LongCtxConfig`: the shape of a model as a transformers config."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from longctx_layers.lm.config import ModelConfig
 from longctx_layers.lm.pretrained import FORMAT, MODEL_TYPE
 from longctx_layers.ops.checks import expect_positive
 
-# There is no longest sequence, but programs that look for one want a number, and take it for 2,048
-# or so where they find none.
+# There is no longest sequence, but programs that look for one need a number: without it they assume
+# 2,048 or so.
 NO_LONGEST = 2**31 - 1
 
 FIELDS = (
@@ -37,7 +37,7 @@ FIELDS = (
     "eos_token_id",
 )
 
-# What ModelConfig has under another name.
+# Fields that ModelConfig has under another name.
 ALIASES = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -47,7 +47,7 @@ ALIASES = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
-# What other models of transformers have in their configs, and our layers among their options.
+# Config fields of other transformers models that are options of a layer here.
 LAYER_OPTIONS = {
     "num_key_value_heads": "n_kv_heads",
     "sliding_window": "window_size",
@@ -61,28 +61,37 @@ LAYER_OPTIONS = {
 
 
 class LongCtxConfig(PreTrainedConfig):
-    """The shape of a `LongCtxForCausalLM`.
+    """Describe a `LongCtxForCausalLM`: its sizes, and the layer of each block.
 
-    Names and defaults are those that transformers' models have; our own names do as well:
+    Field names and defaults follow transformers. The names of `ModelConfig` are accepted too:
     `d_model`, `n_layers`, `n_heads`, `ffn_dim`, `norm_eps`, `tie_embeddings`.
+
+    >>> from longctx_layers.hf import LongCtxConfig
+    >>> config = LongCtxConfig(vocab_size=256, hidden_size=64, num_attention_heads=4,
+    ...                        block_type="dpassm", block_kwargs={"window_size": 16})
+    >>> config.d_model, config.intermediate_size, config.pattern
+    (64, 176, ['dpassm'])
 
     Attributes:
         vocab_size: number of token ids.
-        hidden_size, num_hidden_layers, num_attention_heads: width, blocks, query heads.
-        intermediate_size: hidden width of the SwiGLU; by default 8/3 of the width, rounded up to a
-            multiple of 8.
-        pattern: names of `LAYERS`, cycled over depth; `block_type="blade"` is short for one name.
-        block_kwargs: options of the layers by block name, `{"dpassm": {"window_size": 128}}`, or
-            alone where the pattern has one name.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: query heads of every block.
+        intermediate_size: hidden width of the SwiGLU; by default 8/3 of hidden_size, rounded up to
+            a multiple of 8.
+        pattern: names in `LAYERS`, repeated over the depth. For a single name, pass
+            `block_type="blade"` instead.
+        block_kwargs: options of the layers by block name, `{"dpassm": {"window_size": 128}}`. If
+            the pattern has only one name, the options alone are accepted.
         tie_word_embeddings, dropout, rms_norm_eps: see `ModelConfig`.
         use_cache: whether a model in evaluation mode returns its state.
-        max_position_embeddings: the longest sequence that other programs shall ask for, as
-            lm-evaluation-harness, which cuts prompts to it. The model itself has no such limit.
-        pad_token_id, bos_token_id, eos_token_id: of the tokenizer.
+        max_position_embeddings: the longest sequence that other programs should use, for example
+            lm-evaluation-harness, which truncates prompts to it. The model itself has no limit.
+        pad_token_id, bos_token_id, eos_token_id: the tokenizer's special tokens.
 
     Raises:
-        ValueError, TypeError: as `ModelConfig`; for a misspelt name, or a layer's option outside
-            block_kwargs.
+        ValueError, TypeError: as for `ModelConfig`; also for a misspelt name, or an option of a
+            layer outside block_kwargs.
     """
 
     model_type = MODEL_TYPE
@@ -109,64 +118,70 @@ class LongCtxConfig(PreTrainedConfig):
         max_position_embeddings: int = NO_LONGEST,
         **kwargs: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in FIELDS}
+        values = {name: value for name, value in locals().items() if name in FIELDS}
         for name, value in kwargs.items():
             _expect_known(name, value)
-        given |= {theirs: kwargs.pop(own) for own, theirs in ALIASES.items() if own in kwargs}
+        for alias, name in ALIASES.items():
+            if alias in kwargs:
+                values[name] = kwargs.pop(alias)
         if block_type is not None and pattern is not None:
             raise ValueError(
                 f"LongCtxConfig: expected block_type or pattern, got both, {block_type!r} and "
-                f"{pattern!r}; leave one out"
+                f"{pattern!r}; pass only one of them"
             )
-        given["pattern"] = pattern or block_type or "dpassm"
-        given["block_kwargs"] = block_kwargs or {}
+        values["pattern"] = pattern or block_type or "dpassm"
+        values["block_kwargs"] = block_kwargs or {}
         expect_positive("max_position_embeddings", max_position_embeddings)
-        if given["intermediate_size"] is None:
-            given["intermediate_size"] = _eights(given["hidden_size"] * 8 / 3)
+        if values["intermediate_size"] is None:
+            values["intermediate_size"] = _round_up_to_8(values["hidden_size"] * 8 / 3)
         super().__init__(**kwargs)
-        for name, value in given.items():
+        for name, value in values.items():
             setattr(self, name, value)
-        # As JSON has it: lists, and a layer's Projection as a dict.
+        # In the form that JSON returns: lists, and a layer's Projection as a dict.
         plain = self.to_model_config().to_dict()
-        self.pattern, self.block_kwargs = plain["pattern"], plain["block_kwargs"]
+        self.pattern = plain["pattern"]
+        self.block_kwargs = plain["block_kwargs"]
 
     def to_model_config(self) -> ModelConfig:
-        """The same shape as `LongContextLM` takes it."""
+        """Return the same shape as a `ModelConfig`, to build a `LongContextLM`."""
         return ModelConfig(
             **{field.name: getattr(self, field.name) for field in fields(ModelConfig)}
         )
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **others: Any) -> LongCtxConfig:
-        """The config of a `LongContextLM`, with other fields of this one as they are given."""
+        """Convert the config of a `LongContextLM`; `others` are further fields of this class."""
         return cls(**config.to_dict(), **others)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers has it; also of what `LongContextLM.save_pretrained` wrote."""
+        """Build a config from a dict of transformers or of `LongContextLM.save_pretrained`."""
         if config_dict.get("format") == FORMAT:
-            known = ModelConfig.from_dict(config_dict["model"])
-            special = {n: v for n, v in config_dict.items() if n in FIELDS and n.endswith("_id")}
-            config_dict = cls.from_model_config(known, **special).to_dict()
+            shape = ModelConfig.from_dict(config_dict["model"])
+            token_ids = {n: v for n, v in config_dict.items() if n in FIELDS and n.endswith("_id")}
+            config_dict = cls.from_model_config(shape, **token_ids).to_dict()
         return super().from_dict(config_dict, **kwargs)
 
 
-def _eights(width: float) -> int:
+def _round_up_to_8(width: float) -> int:
     return math.ceil(width / 8) * 8
 
 
 def _expect_known(name: str, value: Any) -> None:
-    """Raise for what is most likely a mistake: transformers takes any name for an attribute."""
+    """Raise ValueError for a name that is probably a mistake.
+
+    It cannot be raised for every unknown name, because transformers stores any as an attribute.
+    """
     if name in LAYER_OPTIONS:
         raise ValueError(
-            f"LongCtxConfig: expected the layers' options in block_kwargs, got {name}; pass "
-            f"{LAYER_OPTIONS[name]} there"
+            f"LongCtxConfig: {name} is an option of the layers here; pass {LAYER_OPTIONS[name]} in "
+            "block_kwargs"
         )
     options = {option for block in LAYERS for option in layer_options(block)}
     if name in options - {"dtype", "device"}:
         raise ValueError(
-            f"LongCtxConfig: expected the layers' options in block_kwargs, got {name} beside it; "
-            f"pass block_kwargs={{{name!r}: {value!r}}}"
+            f"LongCtxConfig: {name} is an option of the layers; pass "
+            f"block_kwargs={{{name!r}: {value!r}}}"
         )
     if name not in ALIASES and (close := get_close_matches(name, [*FIELDS, *ALIASES], 1, 0.85)):
-        raise ValueError(f"LongCtxConfig: expected a known name, got {name}; write {close[0]}")
+        raise ValueError(f"LongCtxConfig: unknown field {name!r}; did you mean {close[0]!r}?")

@@ -1,4 +1,4 @@
-"""The loss of a call with labels, where rows have pads and several documents."""
+"""The next-token loss of a transformers call, for rows with padding and several documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
-# What transformers' own loss for language models takes besides the logits, labels and vocab_size.
+# Arguments of transformers' language-model loss other than logits, labels and vocab_size.
 LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
 
@@ -23,30 +23,32 @@ def next_token_loss(
     vocab_size: int,
     **kwargs: Any,
 ) -> Tensor:
-    """What `loss_function` gives for labels `[B, T]`, those of each document alone.
+    """Apply `loss_function` to next-token prediction within each document.
 
-    Each token predicts the next one of its document, also across pads; a document's first token is
-    no target, and neither are pads. Without any target the loss is 0, as are its gradients.
+    Each token predicts the next token of its document, even if padding lies between them. Padding
+    and the first token of a document are never targets. Without any target, the loss and its
+    gradients are 0.
 
     Args:
-        loss_function: called as transformers' `ForCausalLMLoss`.
+        loss_function: called like transformers' `ForCausalLMLoss`.
         logits: `[B, T, vocab_size]`.
-        labels: `[B, T]`, those of the columns themselves.
-        segment_ids: `[B, T]`, equal in a document, negative at pads; None for one in each row.
+        labels: `[B, T]`, not shifted: the label of each column itself.
+        segment_ids: `[B, T]`, same id within a document, negative at padding; None for one document
+            per row.
         vocab_size: number of token ids.
         kwargs: other arguments of the loss function.
 
     Raises:
-        ValueError: for labels outside the vocabulary (noticed on a CPU only).
+        ValueError: for labels outside the vocabulary (detected on a CPU only).
     """
     ignored = kwargs.get("ignore_index", IGNORED_LABEL)
     targets = kwargs.get("shift_labels")
     if targets is None:
         targets = _next_labels(labels, segment_ids, ignored)
-        labels = F.pad(targets[:, :-1], (1, 0), value=ignored)  # which loss functions shift back
+        labels = F.pad(targets[:, :-1], (1, 0), value=ignored)  # loss functions shift labels back
     elif segment_ids is not None:
         kwargs["shift_labels"] = targets = targets.masked_fill(segment_ids < 0, ignored)
-    # The mean over no label would be NaN.
+    # The mean over zero labels would be NaN.
     count = kwargs.pop("num_items_in_batch", None)
     count = (targets != ignored).sum() if count is None else torch.as_tensor(count)
     try:
@@ -57,23 +59,23 @@ def next_token_loss(
             num_items_in_batch=count.clamp(min=1),
             **kwargs,
         )
-    except IndexError as error:  # costs nothing, but is raised on the CPU only
-        real = targets[targets != ignored]
+    except IndexError as error:  # a free check, but only the CPU raises it
+        ids = targets[targets != ignored]
         raise ValueError(
             f"labels: expected {ignored} or ids in [0, {vocab_size}), got ids from "
-            f"{int(real.min())} to {int(real.max())}; use the tokenizer of this vocabulary"
+            f"{int(ids.min())} to {int(ids.max())}; use the tokenizer that the model was made for"
         ) from error
     return cast("Tensor", loss)
 
 
 def _next_labels(labels: Tensor, segment_ids: Tensor | None, ignored: int) -> Tensor:
-    """The label of the next token of each token's document, `[B, T]`."""
+    """For each token, the label of the next token in the same document, `[B, T]`."""
     if segment_ids is None:
         return F.pad(labels[:, 1:], (0, 1), value=ignored)
     length = labels.shape[1]
     real = segment_ids >= 0
     column = torch.arange(length, device=labels.device)
-    # The next real column: the least of those after it.
+    # The next column that holds a token: the smallest of the later ones.
     following = torch.where(real, column, length).flip(1).cummin(1).values.flip(1)
     following = F.pad(following[:, 1:], (0, 1), value=length)
     index = following.clamp(max=length - 1)

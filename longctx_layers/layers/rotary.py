@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx_layers.ops.checks import expect_number
-from longctx_layers.ops.second_order import transformed
+from longctx_layers.ops.operation import transformed
 
 _LONGEST_CACHED = 4096  # rows: a table of a megabyte
 

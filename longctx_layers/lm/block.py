@@ -1,4 +1,4 @@
-"""What a model repeats over depth: a mixer and a feed-forward layer, each beside the residual."""
+"""A block of the language model: a layer and a feed-forward layer, each with a residual branch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SwiGLU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, as the layers do theirs."""
+        """Initialise the weights, in the way of the layers."""
         for linear in (self.gate_proj, self.up_proj, self.down_proj):
             draw_linear(linear)
 
@@ -46,10 +46,10 @@ class Block(nn.Module):
     """`x + mixer(norm(x))`, then `x + ffn(norm(x))`, with RMSNorm and SwiGLU.
 
     Args:
-        mixer: one of the layers.
+        mixer: the layer that mixes tokens.
         ffn_dim: hidden width of the SwiGLU.
-        dropout: of the SwiGLU's output, in training; the mixer has its own.
-        norm_eps: of both norms.
+        dropout: of the SwiGLU's output, in training; the layer has its own.
+        norm_eps: epsilon of both norms.
         device, dtype: of the parameters.
     """
 
@@ -74,7 +74,7 @@ class Block(nn.Module):
         mark_drawn(self)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, each part in its own way."""
+        """Initialise all weights, each part in its own way."""
         for part in (self.mixer_norm, self.mixer, self.ffn_norm, self.ffn):
             part.reset_parameters()
         mark_drawn(self)
@@ -82,7 +82,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """`x` `[B, T, D]` and the mixer's state to the same, as the mixer itself does."""
+        """`[B, T, D]` and the layer's state to the same; arguments as for a layer."""
         y, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids)
         x = x + y
         return x + self.dropout(self.ffn(self.ffn_norm(x))), state

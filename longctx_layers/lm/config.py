@@ -1,4 +1,4 @@
-"""What a model is made of: all that is needed to build it, and nothing about running it."""
+"""The configuration of a language model: everything that is needed to build it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from longctx_layers.command_line import closest
 from longctx_layers.layers import LAYERS, Projection, RopeScaling, layer_name
 from longctx_layers.layers.registry import canonical_name, layer_parameters
 from longctx_layers.ops.checks import expect_positive
@@ -13,7 +14,13 @@ from longctx_layers.ops.checks import expect_positive
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a `LongContextLM`.
+    """The shape of a `LongContextLM`, checked when it is made; it can be stored as JSON.
+
+    >>> config = ModelConfig(vocab_size=256, d_model=64, n_layers=2, n_heads=4, ffn_dim=128)
+    >>> config.block_names
+    ('dpassm', 'dpassm')
+    >>> ModelConfig.from_dict(config.to_dict()) == config
+    True
 
     Attributes:
         vocab_size: number of token ids.
@@ -21,19 +28,19 @@ class ModelConfig:
         n_layers: number of blocks.
         n_heads: query heads of every block; divides d_model.
         ffn_dim: hidden width of every block's SwiGLU.
-        pattern: names of `LAYERS`, cycled over depth: `("dpassm",)` makes every block a DPASSM,
-            `("dpassm", "dpassm", "vanilla")` every third one full attention.
-        block_kwargs: options of the layers by block name, `{"dpassm": {"window_size": 128}}`. Where
-            the pattern has one name only, the options alone will do: `{"window_size": 128}`.
-            Stored by name.
-        tie_embeddings: whether the head's weight is the embedding's (one parameter, counted once).
-        dropout: of the embedding and of every residual branch, in training only; the layers get it
-            as their `dropout`, unless block_kwargs has another.
-        norm_eps: of the model's own RMSNorms.
+        pattern: names of layers in `LAYERS`, repeated over depth: with `("dpassm",)` every block
+            is a DPASSM, with `("dpassm", "dpassm", "vanilla")` every third one has full attention.
+        block_kwargs: options of the layers by name, `{"dpassm": {"window_size": 128}}`. If the
+            pattern has one name only, the options suffice: `{"window_size": 128}`. They are stored
+            by name.
+        tie_embeddings: whether the head uses the embedding's weight (one parameter, counted once).
+        dropout: of the embedding and of every residual branch, in training only. The layers get it
+            as their `dropout`, unless block_kwargs has another value.
+        norm_eps: epsilon of the model's RMSNorms; those inside the layers have their own.
 
     Raises:
-        ValueError, TypeError: for sizes below 1, a dropout outside [0, 1), unknown block names,
-            options for a block that the pattern lacks.
+        ValueError, TypeError: for sizes below 1, a dropout outside [0, 1), unknown names of layers
+            or fields, or options for a layer that is not in the pattern.
     """
 
     vocab_size: int
@@ -57,57 +64,57 @@ class ModelConfig:
         for name in ("dropout", "norm_eps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}; change it")
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
         pattern = _checked_pattern(self.pattern, self.n_layers)
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "block_kwargs", _by_block_name(self.block_kwargs, pattern))
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        """The block name of each layer, from the first to the last."""
+        """The name of each block's layer, from the first block to the last."""
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.n_layers))
 
     def layer_options(self, index: int) -> dict[str, Any]:
-        """The options of layer `index`, with those that vary over depth unless they are given.
+        """The options of layer `index`, including defaults that vary over depth.
 
-        `chunk_shift` is 0 and half a chunk in turn, so that neighbouring chunks mix; `seed` is the
-        layer's index, so that no two layers draw the same random keys.
+        `chunk_shift` alternates between 0 and half a chunk, so that tokens of neighbouring chunks
+        mix. `seed` is the layer's index, so that each layer draws other random keys.
         """
         name = self.block_names[index]
         accepted = layer_parameters(name)
         options = {"dropout": self.dropout, **self.block_kwargs.get(name, {})}
         if "chunk_shift" in accepted:
             chunk_size = options.get("chunk_size", accepted["chunk_size"].default)
-            # In turn among the layers of this name: in a hybrid, they may all have even indices.
+            # Alternates among layers of this name: in a hybrid they might all have even indices.
             earlier = self.block_names[:index].count(name)
-            if isinstance(chunk_size, int):  # the layer itself refuses anything else
+            if isinstance(chunk_size, int):  # the layer's own check refuses anything else
                 options.setdefault("chunk_shift", earlier % 2 * (chunk_size // 2))
         if "seed" in accepted:
             options.setdefault("seed", index)
         return options
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain dicts, lists, numbers and strings: what `from_dict` reads."""
+        """All fields as plain dicts, lists, numbers and strings, for `from_dict`."""
         return {**asdict(self), "pattern": list(self.pattern)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The config that `to_dict` wrote.
+        """Rebuild a config from what `to_dict` returned.
 
         Raises:
-            ValueError: for a key that is not a field, or a field without a default that is missing.
+            ValueError: for an unknown key, or if a field without a default is missing.
         """
         valid = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(valid))
         if unknown:
             raise ValueError(
-                f"ModelConfig: expected keys out of {valid}, got also {unknown}; remove or rename "
-                "them, or install the version of longctx_layers that knows them"
+                f"ModelConfig: unknown keys {unknown}{closest(unknown[0], valid)}; valid keys are "
+                f"{valid}. If a later version of longctx_layers wrote them, install that version"
             )
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         missing = [name for name in required if name not in values]
         if missing:
-            raise ValueError(f"ModelConfig: expected keys {missing}, which are missing; add them")
+            raise ValueError(f"ModelConfig: the keys {missing} are missing; add them")
         return cls(**values)
 
 
@@ -116,7 +123,7 @@ def _checked_pattern(pattern: Any, n_layers: int) -> tuple[str, ...]:
         pattern = (pattern,)
     if not isinstance(pattern, Iterable):
         raise TypeError(
-            f"pattern: expected block names, got {pattern!r}; pass e.g. ('dpassm', 'vanilla')"
+            f"pattern: expected names of layers, got {pattern!r}; pass e.g. ('dpassm', 'vanilla')"
         )
     pattern = tuple(layer_name(name) for name in pattern)
     if not pattern:
@@ -124,7 +131,7 @@ def _checked_pattern(pattern: Any, n_layers: int) -> tuple[str, ...]:
     if len(pattern) > n_layers:
         raise ValueError(
             f"pattern: expected at most n_layers = {n_layers} names, got {len(pattern)}; "
-            "shorten it, or add layers: some blocks would be left out"
+            "the names beyond that would never be used"
         )
     return pattern
 
@@ -135,31 +142,33 @@ def _by_block_name(block_kwargs: Any, pattern: tuple[str, ...]) -> dict[str, dic
             f"block_kwargs: expected a dict of options, got {block_kwargs!r}; "
             "pass e.g. {'window_size': 128}"
         )
-    block_kwargs = {canonical_name(name): given for name, given in block_kwargs.items()}
+    block_kwargs = {canonical_name(name): value for name, value in block_kwargs.items()}
     names = sorted(set(pattern))
-    by_name = all(isinstance(given, Mapping) for given in block_kwargs.values())
+    by_name = all(isinstance(options, Mapping) for options in block_kwargs.values())
     if len(names) == 1 and not (by_name and set(block_kwargs) <= set(LAYERS)):
         block_kwargs = {names[0]: block_kwargs}
     elif not (by_name and set(block_kwargs) <= set(names)):
         raise ValueError(
             f"block_kwargs: expected a dict of options for each of {names}, got "
-            f"{dict(block_kwargs)}; give them by block name, {{{names[0]!r}: {{...}}}}"
+            f"{dict(block_kwargs)}; pass options by name, {{{names[0]!r}: {{...}}}}"
         )
-    return {name: _with_projection(dict(given)) for name, given in block_kwargs.items()}
+    return {name: _with_projection(dict(options)) for name, options in block_kwargs.items()}
 
 
 def _with_projection(options: dict[str, Any]) -> dict[str, Any]:
-    # As JSON has them, dicts.
+    # In JSON they are dicts.
     if isinstance(options.get("projection"), Mapping):
-        given = dict(options["projection"])
-        if isinstance(given.get("rope_scaling"), Mapping):
-            given["rope_scaling"] = _built("rope_scaling", RopeScaling, given["rope_scaling"])
-        options["projection"] = _built("projection", Projection, given)
+        projection = dict(options["projection"])
+        if isinstance(projection.get("rope_scaling"), Mapping):
+            scaling = _built("rope_scaling", RopeScaling, projection["rope_scaling"])
+            projection["rope_scaling"] = scaling
+        options["projection"] = _built("projection", Projection, projection)
     return options
 
 
-def _built(name: str, kind: Any, given: Mapping[str, Any]) -> Any:
+def _built(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
     valid = [field.name for field in fields(kind)]
-    if unknown := sorted(set(given) - set(valid)):
-        raise ValueError(f"{name}: expected keys out of {valid}, got {unknown}; leave them out")
-    return kind(**given)
+    if unknown := sorted(set(values) - set(valid)):
+        hint = closest(unknown[0], valid)
+        raise ValueError(f"{name}: unknown keys {unknown}{hint}; valid keys are {valid}")
+    return kind(**values)

@@ -1,4 +1,4 @@
-"""Models of a named size, each with that number of parameters whatever its blocks."""
+"""Models of a named size: equal numbers of parameters, whatever their blocks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from longctx_layers.lm.model import LongContextLM
 from longctx_layers.ops.checks import expect_choice
 
 TOLERANCE = 0.01
-FFN_MULTIPLE = 8  # what tensor cores like
+FFN_MULTIPLE = 8  # for tensor cores
 
 
 class Size(NamedTuple):
-    """A model's size: its parameters, and what is fixed of its shape."""
+    """A named size: the number of parameters, and the part of the shape that is fixed."""
 
     parameters: int
     d_model: int
@@ -48,35 +48,39 @@ def create_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> LongContextLM:
-    """Build a model of a named size.
+    """Build a language model of a named size, to compare layers at equal size.
 
-    Width, depth and heads come from `SIZES`. The feed-forward width is solved for, so that the
-    whole model has the named number of parameters within 1 %, for every block type and
-    vocabulary: models of one size can be compared. `model.describe()` shows what came out.
+    Width, depth and heads come from `SIZES`. The feed-forward width is chosen so that the whole
+    model has the named number of parameters within 1 %, for every layer and vocabulary.
+    `model.describe()` shows the result.
+
+    >>> model = create_model(vocab_size=256, num_params="tiny", block_type="blade")
+    >>> round(sum(p.numel() for p in model.parameters()), -5)
+    1000000
 
     Args:
         vocab_size: number of token ids.
-        num_params: `"tiny"` (1 M, for tests and toys), `"3m"` (for trials on a CPU), `"150m"`,
+        num_params: `"tiny"` (1 M, for tests), `"3m"` (for experiments on a CPU), `"150m"`,
             `"250m"` or `"350m"`.
-        block_type: the name in `LAYERS` of every block's layer; `"dpassm"` by default.
+        block_type: name in `LAYERS` of the layer in every block; `"dpassm"` by default.
         block_kwargs: options of the layer; with a pattern of several names, options by name,
             `{"dpassm": {"window_size": 128}}`.
-        pattern: block names cycled over depth, for hybrids, in place of block_type.
+        pattern: names of layers repeated over depth, for hybrids, instead of block_type.
         ffn_dim: the feed-forward width, whatever number of parameters results.
-        tie_embeddings: whether the head's weight is the embedding's, counted once.
+        tie_embeddings: whether the head uses the embedding's weight, counted once.
         dropout: see `ModelConfig`.
         gradient_checkpointing: see `LongContextLM`.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError, TypeError: for unknown names or options, and where no feed-forward width leads
-            to the number of parameters.
+        ValueError, TypeError: for unknown names or options, or if no feed-forward width gives the
+            number of parameters.
     """
     expect_choice("num_params", num_params, tuple(SIZES))
     if block_type is not None and pattern is not None:
         raise ValueError(
             f"create_model: expected block_type or pattern, got both, {block_type!r} and "
-            f"{pattern!r}; leave one out"
+            f"{pattern!r}; pass one of them"
         )
     size = SIZES[num_params]
     config = ModelConfig(
@@ -99,7 +103,7 @@ def create_model(
 
 def _solve_ffn_dim(config: ModelConfig, target: int) -> int:
     """The multiple of `FFN_MULTIPLE` that brings the model closest to its budget."""
-    # Counted on models that are really built, on the meta device: no formula to keep in step.
+    # Counted on a real model on the meta device: there is no formula that could become wrong.
     counts = LongContextLM(config, device="meta").parameter_counts()
     step = counts["ffn"] * FFN_MULTIPLE // config.ffn_dim
     fixed = sum(counts.values()) - counts["ffn"]
@@ -110,6 +114,6 @@ def _solve_ffn_dim(config: ModelConfig, target: int) -> int:
         raise ValueError(
             f"create_model: expected {target:,} parameters within {TOLERANCE:.0%}, got at best "
             f"{found:,}: the rest has {fixed:,} ({rest}), and the feed-forward layers come in "
-            f"steps of {step:,}; take a larger size or a smaller vocabulary, or give ffn_dim"
+            f"steps of {step:,}; choose a larger size or a smaller vocabulary, or pass ffn_dim"
         )
     return steps * FFN_MULTIPLE

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from longctx_layers.ops.checks import expect_count, expect_number, expect_positive
-from longctx_layers.ops.segments import PAD_SEGMENT
-from longctx_layers.ops.state_space.diagonal import running_sum
+from longctx_layers.ops.segments import PAD_SEGMENT as PAD_SEGMENT  # also importable from here
+from longctx_layers.ops.state_space.tiles import running_sum
 
 
 class StreamingModel(Protocol):

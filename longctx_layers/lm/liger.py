@@ -1,4 +1,4 @@
-"""Liger-Kernel for what a model has besides its layers: RMSNorm, SwiGLU and cross-entropy."""
+"""Liger-Kernel for the other parts of a model: RMSNorm, SwiGLU and cross-entropy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx_layers.ops.second_order import twice_differentiable
 INSTALLED = util.find_spec("liger_kernel") is not None
 
 
-# Liger's functions, from the first `use_liger` on: torch.compile traces no import.
+# Liger's functions, loaded by the first `use_liger`: torch.compile cannot trace an import.
 _functions: Any = None
 
 
@@ -26,7 +26,7 @@ def _call(name: str, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _refuse_second_order(*_: Any, **__: Any) -> Tensor:
-    # There is nothing to compute them from: Liger overwrites its inputs with their gradients.
+    # They cannot be computed: Liger overwrites its inputs with their gradients.
     raise RuntimeError(
         "create_graph=True: expected create_graph=False, since Liger-Kernel's functions have no "
         "second derivatives; differentiate a model without use_liger"
@@ -35,7 +35,7 @@ def _refuse_second_order(*_: Any, **__: Any) -> Tensor:
 
 class _Norm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        # As torch: all in float32. Not in place: the residual stream reads the gradient too.
+        # All in float32, as in torch. Not in place: the residual stream reads the gradient as well.
         options = {"casting_mode": "gemma", "in_place": False}
         return _call("liger_rms_norm", x, self.weight, self.eps, **options)
 
@@ -50,10 +50,11 @@ _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.RMSNorm: _Norm, SwiG
 
 
 def use_liger(model: LongContextLM) -> LongContextLM:
-    """Run a model's norms, feed-forward layers and loss on Liger-Kernel's Triton kernels, in place.
+    """Make a model faster on a GPU: its norms, feed-forward layers and loss use Liger-Kernel.
 
-    Parameters keep their names, so that checkpoints fit with and without it; a model that is loaded
-    is a plain one, to be given here again. Gradients with `create_graph=True` are refused.
+    The model is changed in place. Parameters keep their names, so checkpoints fit with and without
+    Liger; a model that was loaded has to be passed here again. Gradients with `create_graph=True`
+    are refused.
 
     Returns:
         The model itself.

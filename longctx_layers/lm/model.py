@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longctx_layers.layers import build_layer
+from longctx_layers.layers import Layer, build_layer
 from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
 from longctx_layers.layers.parameters import (
     FULL_PRECISION,
@@ -393,6 +393,10 @@ class LongContextLM(nn.Module):
         if reduction == "mean":
             loss = loss / (labels != IGNORED_LABEL).sum().clamp(min=1)
         return (loss, state) if return_state else loss
+
+    def mixers(self) -> list[Layer[Any]]:
+        """The layer of each block, from the first to the last."""
+        return [block.mixer for block in self._blocks()]
 
     def init_state(self, batch_size: int) -> ModelState:
         """The empty state of a batch: the same as passing none."""

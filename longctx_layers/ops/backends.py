@@ -1,72 +1,41 @@
-"""Backends: which implementation runs a call, and why.
+"""Backends: which implementation runs a call, and why; how to choose one, or to add your own.
 
-An operation's name is the mathematics; a backend is an implementation of it. `"auto"` takes the
-first registered backend that accepts the call, never the reference or another that is reserved for
-those who ask for it. A backend that is asked for by name runs or raises: nothing falls back in
-silence.
+An operation's name is the mathematics; a backend is one implementation of it. `"auto"` takes the
+first backend that accepts the call, never the reference or another one that is reserved for those
+who ask for it. A backend that is asked for by name runs or raises: there is no silent fallback.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from longctx_layers.ops.second_order import twice_differentiable
+from longctx_layers.ops import operation
+from longctx_layers.ops.checks import closest
+from longctx_layers.ops.operation import (
+    BACKENDS,
+    OPERATIONS,
+    Backend,
+    Choice,
+    Operation,
+    RefusedError,
+    all_names,
+    unknown_backend,
+)
 
-BACKENDS = ("triton", "flash", "flex", "cpu", "torch", "reference")
-# Made of operations that autograd can differentiate any number of times.
-COMPOSED = ("torch", "reference")
-ENVIRONMENT_VARIABLE = "LONGCTX_BACKEND"
-
-
-class RefusedError(ValueError):
-    """A backend that was asked for by name can't run the call."""
-
-
-class Choice(NamedTuple):
-    """One backend's answer to one call: `reason` says why it was refused, or not automatic."""
-
-    operation: str
-    backend: str
-    chosen: bool
-    reason: str
-
-    def __str__(self) -> str:
-        mark = "->" if self.chosen else "  "
-        return f"{mark} {self.operation:<20} {self.backend:<10} {self.reason}"
-
-
-class _Backend(NamedTuple):
-    run: Callable[..., Any]
-    refuse: Callable[..., str | None]
-    reserve: Callable[..., str | None]
-
-
-def _no_reason(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _reserve_oracle(*_: Any, **__: Any) -> str:
-    return "the oracle: never chosen automatically"
-
-
-def _checked(name: str, source: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(
-            f"{source}: expected a backend out of {('auto', *BACKENDS)}, got {name!r}; "
-            "choose one of them"
-        )
-    return name
-
-
-# A plain global, not a context variable: torch.compile reads it and guards on it.
-_forced = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
-_record: list[Choice] | None = None
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Operation",
+    "RefusedError",
+    "Registration",
+    "explain",
+    "register_backend",
+    "use_backend",
+]
 
 
 @contextmanager
@@ -74,119 +43,116 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operation inside the block on the named backend, which runs or raises.
 
     Args:
-        name: `"auto"`, `"reference"`, `"torch"`, `"cpu"`, `"triton"`, `"flash"` or `"flex"`.
+        name: `"auto"`, or the name of a backend: `"reference"`, `"torch"`, `"cpu"`, `"triton"`,
+            `"flash"`, `"flex"`, or one that `register_backend` has added.
+
+    >>> import torch
+    >>> from longctx_layers.ops import diagonal_scan, use_backend
+    >>> with use_backend("reference"):
+    ...     h, final = diagonal_scan(torch.ones(1, 3, 2), torch.zeros(2))
+    >>> h[0, :, 0]
+    tensor([1., 2., 3.])
     """
-    global _forced
-    previous, _forced = _forced, _checked(name, "use_backend")
+    if name not in all_names():
+        raise unknown_backend("use_backend", name, all_names())
+    previous = operation.forced
+    operation.forced = name
     try:
         yield
     finally:
-        _forced = previous
+        operation.forced = previous
 
 
 @contextmanager
 def _recording() -> Iterator[list[Choice]]:
-    global _record
-    previous, _record = _record, []
+    previous = operation.record
+    record: list[Choice] = []
+    operation.record = record
     try:
-        yield _record
+        yield record
     finally:
-        _record = previous
+        operation.record = previous
 
 
-class Operation:
-    """A named operation with its backends, tried in the order of their registration."""
+class Registration:
+    """A backend that `register_backend` has added, until `remove` or the end of a `with` block."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, owner: Operation, name: str) -> None:
+        self.owner = owner
         self.name = name
-        self.backends: dict[str, _Backend] = {}
 
-    def register(
-        self,
-        backend: str,
-        refuse: Callable[..., str | None] = _no_reason,
-        reserve: Callable[..., str | None] = _no_reason,
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator: add an implementation.
+    def remove(self) -> None:
+        """Remove the backend from its operation. A second call does nothing."""
+        self.owner.backends.pop(self.name, None)
 
-        Args:
-            backend: its name, one of `BACKENDS`.
-            refuse: called with the operation's arguments; returns why it can't run them, or None.
-            reserve: likewise; returns why it runs them only when asked for by name, or None.
-        """
-        if backend == "reference":
-            reserve = _reserve_oracle
+    def __enter__(self) -> Registration:
+        return self
 
-        def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends[_checked(backend, self.name)] = _Backend(run, refuse, reserve)
-            return run
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
-        return decorate
 
-    def choices(self, *args: Any, backend: str | None = None, **kwargs: Any) -> list[Choice]:
-        """Every backend with the reason for or against it, for this very call."""
-        wanted = _forced if backend is None else _checked(backend, self.name)
-        found, rows = False, []
-        for name in BACKENDS:
-            if name not in self.backends:
-                reason = "not available for this operation"
-            else:
-                candidate = self.backends[name]
-                refusal = candidate.refuse(*args, **kwargs)
-                if refusal is not None:
-                    reason = refusal
-                elif wanted not in ("auto", name):
-                    reason = f"{wanted!r} was asked for"
-                elif wanted == "auto" and (why := candidate.reserve(*args, **kwargs)) is not None:
-                    reason = why
-                elif found:
-                    reason = "accepts the call, but a faster backend comes first"
-                else:
-                    found = True
-                    rows.append(Choice(self.name, name, True, "runs this call"))
-                    continue
-            rows.append(Choice(self.name, name, False, reason))
-        return rows
+def register_backend(
+    operation: str,
+    name: str,
+    run: Callable[..., Any],
+    refuse: Callable[..., str | None] | None = None,
+    reserve: Callable[..., str | None] | None = None,
+    before: str | None = None,
+) -> Registration:
+    """Add your own implementation of an operation: layers then use it wherever it accepts a call.
 
-    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        wanted = _forced if backend is None else backend
-        if not torch.compiler.is_compiling() and _record is not None:
-            _record.extend(self.choices(*args, backend=backend, **kwargs))
-            wanted = "auto"  # the answers count; a refused backend must not end the questions
-        run = self._select(args, kwargs, wanted)
-        if args[0].device.type == "meta":  # autocast does not know it
-            return run(*args, **kwargs)
-        # Operations choose their own precision (states and decays in float32); autocast must not.
-        with torch.autocast(args[0].device.type, enabled=False):
-            return run(*args, **kwargs)
+    `run`, `refuse` and `reserve` are called with the arguments that the operation's reference in
+    `longctx_layers.ops.reference` takes. They get no empty tensors and no forward-mode derivatives,
+    which the torch backend handles. Second derivatives are those of the torch backend, so that a
+    hand-written backward pass needs no history.
 
-    def _select(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str
-    ) -> Callable[..., Any]:
-        if wanted == "auto":
-            for name, candidate in self.backends.items():
-                refused = candidate.refuse(*args, **kwargs) is not None
-                if not refused and candidate.reserve(*args, **kwargs) is None:
-                    return self._run(name)
-        elif _checked(wanted, self.name) in self.backends:
-            candidate = self.backends[wanted]
-            refusal = candidate.refuse(*args, **kwargs)
-            if refusal is None:
-                return self._run(wanted)
-            raise RefusedError(
-                f"{self.name}: backend {wanted!r} was asked for and can't run this call: "
-                f"{refusal}; use backend='auto', or see longctx_layers.explain"
-            )
-        raise RefusedError(
-            f"{self.name}: expected a backend out of {('auto', *self.backends)}, got {wanted!r}; "
-            "the others do not implement this operation"
+    Args:
+        operation: its name, such as `"sparse_attention"` or `"ssd"`.
+        name: the backend's new name, as in `use_backend(name)` and `explain`.
+        run: the implementation.
+        refuse: returns why it can't run a call, or None if it can. None: it runs every call.
+        reserve: returns why it runs a call only if it is asked for by name, or None.
+        before: the backend of this operation that it precedes under `"auto"`. None: all of them.
+
+    Returns:
+        A handle whose `remove()` takes the backend away again; also a context manager.
+
+    Raises:
+        ValueError: for unknown operations and backends, and for names that are taken.
+
+    >>> import torch
+    >>> from longctx_layers.ops import diagonal_scan, explain, register_backend
+    >>> def run(u, log_decay, *, initial_state, segments):
+    ...     return u.cumsum(1) + initial_state[:, None], initial_state + u.sum(1)
+    >>> def refuse(u, log_decay, *, initial_state, segments):
+    ...     return "sums without decay only" if segments or log_decay.any() else None
+    >>> with register_backend("diagonal_scan", "cumsum", run, refuse):
+    ...     print(explain(diagonal_scan, torch.ones(1, 3, 2), torch.zeros(2))[0])
+    -> diagonal_scan        cumsum     runs this call
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(
+            f"register_backend: unknown operation {operation!r}, expected one of "
+            f"{tuple(OPERATIONS)}{closest(operation, OPERATIONS)}"
         )
-
-    def _run(self, name: str) -> Callable[..., Any]:
-        run = self.backends[name].run
-        if name in COMPOSED:
-            return run
-        return partial(twice_differentiable, run, self.backends["torch"].run)
+    owner = OPERATIONS[operation]
+    if name == "auto" or name in owner.backends:
+        raise ValueError(
+            f"register_backend: the name {name!r} is taken for {operation}; choose another one, or "
+            "remove the backend that has it"
+        )
+    if before is not None and before not in owner.backends:
+        raise ValueError(
+            f"register_backend: before={before!r} is unknown, expected one of "
+            f"{tuple(owner.backends)}{closest(before, owner.backends)}"
+        )
+    place = 0 if before is None else list(owner.backends).index(before)
+    backends: list[tuple[str, Backend | None]] = list(owner.backends.items())
+    backends.insert(place, (name, Backend(name, run, refuse, reserve)))
+    owner.backends.clear()
+    owner.backends.update(backends)
+    return Registration(owner, name)
 
 
 def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
@@ -199,7 +165,14 @@ def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]
     Returns:
         One `Choice` for each operation and backend, without repetitions; `print` them line by
         line for a table.
+
+    >>> import torch
+    >>> from longctx_layers.ops import diagonal_scan, explain
+    >>> for choice in explain(diagonal_scan, torch.ones(1, 3, 2), torch.zeros(2)):
+    ...     if choice.chosen:
+    ...         print(choice)
+    -> diagonal_scan        torch      runs this call
     """
-    with torch.no_grad(), _recording() as record:
+    with torch.no_grad(), _recording() as rows:
         call(*args, **kwargs)
-    return list(dict.fromkeys(record))
+    return list(dict.fromkeys(rows))

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+
+def closest(name: object, valid: Iterable[object]) -> str:
+    """A hint such as `"; did you mean 'torch'?"`, empty if nothing is close to `name`."""
+    matches = difflib.get_close_matches(str(name), [str(value) for value in valid], n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def expect_tensor(name: str, x: object, layout: str) -> None:
@@ -36,13 +45,15 @@ def expect_float(name: str, x: Tensor, layout: str) -> None:
 def expect_shape(name: str, x: Tensor, shape: tuple[int | None, ...], layout: str) -> None:
     """Raise unless x is a dense tensor of this shape; None allows any size."""
     expect_tensor(name, x, layout)
-    if x.dim() != len(shape) or any(
-        want is not None and want != got for want, got in zip(shape, x.shape, strict=True)
-    ):
+    fits = x.dim() == len(shape)
+    if fits:
+        for expected, size in zip(shape, x.shape, strict=True):
+            if expected is not None and expected != size:
+                fits = False
+    if not fits:
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(
-            f"{name}: expected {layout} = [{sizes}], got {list(x.shape)}; reshape or transpose it"
-        )
+        remedy = "" if x.dim() == len(shape) else f"; reshape it to {len(shape)} dimensions"
+        raise ValueError(f"{name}: expected {layout} = [{sizes}], got {list(x.shape)}{remedy}")
 
 
 def expect_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:

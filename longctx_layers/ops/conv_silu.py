@@ -6,12 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.ops import reference, triton_support
-from longctx_layers.ops.backends import Operation
+from longctx_layers.ops import availability, reference
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
+from longctx_layers.ops.operation import Operation
 from longctx_layers.ops.segments import Segments
 
-_operation = Operation("conv_silu")
+_operation = Operation(
+    "conv_silu",
+    examples={
+        "": lambda draw: {"x": draw(2, draw.length, 96), "weight": draw(96, 4)},
+        "packed": lambda draw: {
+            "x": draw(2, draw.length, 96),
+            "weight": draw(96, 4),
+            "before": draw(2, 3, 96),
+            "segments": draw.segments(),
+        },
+    },
+    precise=("weight",),
+)
 
 
 def conv_silu(
@@ -22,13 +34,13 @@ def conv_silu(
     segments: Segments | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`SiLU(sum_n weight_n x_(t - W + 1 + n))`: a causal convolution per channel, then SiLU.
+    """A short causal convolution per channel, then SiLU: `SiLU(sum_n weight_n x_(t - W + 1 + n))`.
 
     Args:
         x: `[B, T, C]`.
         weight: `[C, W]`; the last column weighs the token itself.
         before: `[B, W - 1, C]`, the inputs before the first token, in x's dtype; None for zeros.
-        segments: at whose starts the convolution begins anew; None for one segment.
+        segments: tokens see no inputs of earlier segments; None for one segment.
         backend: see `longctx_layers.explain`.
 
     Returns:
@@ -38,6 +50,10 @@ def conv_silu(
         ValueError, TypeError: for shapes or dtypes that do not fit.
 
     Source: Dao and Gu, Mamba-2, arXiv 2405.21060.
+
+    >>> import torch
+    >>> conv_silu(torch.randn(1, 10, 6), torch.randn(6, 4)).shape
+    torch.Size([1, 10, 6])
     """
     expect_float("x", x, "[B, T, C]")
     if x.dim() != 3:
@@ -53,13 +69,14 @@ def conv_silu(
     return result
 
 
-@_operation.register("triton", refuse=triton_support.refuse)
+@_operation.register("triton", refuse=availability.refuse_triton)
 def _triton(
     x: Tensor, weight: Tensor, *, before: Tensor | None, segments: Segments | None
 ) -> Tensor:
     from longctx_layers.kernels.conv_silu import conv_silu as kernel  # imports Triton
 
-    y: Tensor = kernel(x, weight, before, None if segments is None else segments.start)
+    start = None if segments is None else segments.start
+    y: Tensor = kernel(x, weight, before, start)
     return y
 
 
@@ -67,11 +84,12 @@ def _triton(
 def _torch(
     x: Tensor, weight: Tensor, *, before: Tensor | None, segments: Segments | None
 ) -> Tensor:
-    width, length = weight.shape[1], x.shape[1]
+    width = weight.shape[1]
+    length = x.shape[1]
     padded = F.pad(x, (0, 0, width - 1, 0)) if before is None else torch.cat([before, x], dim=1)
     precise = torch.promote_types(x.dtype, torch.float32)
     taps = weight.to(precise).mT.contiguous()  # a strided one would not be vectorised
-    # Off the padded copy, not x: one of them less is kept for the backward.
+    # From the padded copy, not from x: so only the copy is kept for the backward pass.
     y = padded[:, width - 1 :].to(precise) * taps[-1]
     for back in range(1, width):
         earlier = padded[:, width - 1 - back : width - 1 - back + length]

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from longctx_layers.ops import cpu_gated_norms, cpu_support, reference, triton_support
-from longctx_layers.ops.backends import Operation
+from longctx_layers.ops import availability, reference
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
+from longctx_layers.ops.operation import Operation
 
 EPS = 1e-5
 
-_operation = Operation("gated_norms")
+_PATHS = ("z", "o", "s")
+_SCALES = ("weight_o", "weight_s")
+_operation = Operation(
+    "gated_norms",
+    examples={
+        "": lambda draw: {
+            **{name: draw(2, draw.length, 4, 64) for name in _PATHS},
+            **{name: draw(4, 64) for name in _SCALES},
+        }
+    },
+    precise=_SCALES,
+)
 
 
 def head_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm of each head, scaled by `[H, P]`: `[..., H, P]` to the same, in float32 at least."""
+    """RMSNorm of each head of `[..., H, P]`, scaled by `[H, P]`, computed in float32 at least."""
     precise = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(precise), x.shape[-1:], eps=EPS) * weight.to(precise)
 
@@ -30,11 +44,11 @@ def gated_norms(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`g * RMSNorm(o) + (1 - g) * RMSNorm(s)` with `g = sigmoid(z)` and norms over each head.
+    """Mix two paths by a gate: `g * RMSNorm(o) + (1 - g) * RMSNorm(s)` with `g = sigmoid(z)`.
 
     Args:
-        z, o, s: the gate's input and both paths, `[B, T, H, P]`.
-        weight_o, weight_s: the norms' scales, `[H, P]`; their eps is 1e-5.
+        z, o, s: the gate's input and the two paths, `[B, T, H, P]`.
+        weight_o, weight_s: scales `[H, P]` of the norms, which are over each head with eps 1e-5.
         backend: see `longctx_layers.explain`.
 
     Returns:
@@ -44,6 +58,11 @@ def gated_norms(
         ValueError, TypeError: for shapes or dtypes that do not fit.
 
     Source: Dong et al., Hymba, arXiv 2411.13676; Zhang and Sennrich, RMSNorm, 1910.07467.
+
+    >>> import torch
+    >>> z, o, s = torch.randn(3, 1, 5, 2, 8)
+    >>> gated_norms(z, o, s, torch.ones(2, 8), torch.ones(2, 8)).shape
+    torch.Size([1, 5, 2, 8])
     """
     expect_float("z", z, "[B, T, H, P]")
     if z.dim() != 4:
@@ -57,7 +76,7 @@ def gated_norms(
     return result
 
 
-@_operation.register("triton", refuse=triton_support.refuse)
+@_operation.register("triton", refuse=availability.refuse_triton)
 def _triton(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
     from longctx_layers.kernels.gated_norms import gated_norms as kernel  # imports Triton
 
@@ -65,15 +84,62 @@ def _triton(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor)
     return y
 
 
-@_operation.register("cpu", refuse=cpu_support.refuse)
+@_operation.register("cpu")
 def _cpu(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
-    return cpu_gated_norms.run(z, o, s, weight_o, weight_s, EPS)
+    y: Tensor = _GatedNorms.apply(z, o, s, weight_o, weight_s)
+    return y
 
 
 @_operation.register("torch")
 def _torch(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
-    o, s = head_norm(o, weight_o), head_norm(s, weight_s)
+    o = head_norm(o, weight_o)
+    s = head_norm(s, weight_s)
     return torch.lerp(s, o, torch.sigmoid(z.to(o.dtype))).to(z.dtype)
 
 
 _operation.register("reference")(reference.gated_norms)
+
+
+class _GatedNorms(torch.autograd.Function):
+    """Forward and backward on a CPU, in place, keeping only the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(z, o, s, weight_o, weight_s)
+        precise = torch.promote_types(z.dtype, torch.float32)
+        o = (o * _scale(o, precise)).mul_(weight_o.to(precise))
+        s = (s * _scale(s, precise)).mul_(weight_s.to(precise))
+        return torch.lerp(s, o, torch.sigmoid(z.to(precise)), out=o).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, o, s, weight_o, weight_s = ctx.saved_tensors
+        precise = torch.promote_types(z.dtype, torch.float32)
+        gate = torch.sigmoid(z.to(precise))
+        dy = dy.to(precise)
+        share = dy * gate
+        do, dweight_o, o = _norm_backward(share, o, weight_o)
+        ds, dweight_s, s = _norm_backward(torch.sub(dy, share, out=share), s, weight_s)
+        dz = torch.ops.aten.sigmoid_backward(o.sub_(s).mul_(dy), gate)
+        return dz.to(z.dtype), do, ds, dweight_o, dweight_s
+
+
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and weight, and `RMSNorm(x)` itself; dy is not changed."""
+    scale = _scale(x, dy.dtype)
+    normed = x * scale
+    product = dy * normed
+    dweight = product.sum((0, 1))
+    wide = weight.to(dy.dtype)
+    along = product.mul_(wide).mean(-1, keepdim=True)
+    dx = torch.mul(dy, wide, out=product).addcmul_(normed, along, value=-1).mul_(scale)
+    return dx.to(x.dtype), dweight.to(weight.dtype), normed.mul_(wide)
+
+
+def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`1 / rms` of each head, `[..., H, 1]`."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()

@@ -1,7 +1,7 @@
 """The oracles: each operation's definition, step by step, and nothing else.
 
-They share no code with the fast paths, work token by token in the state's precision, and take time
-and memory that no fast path may take.
+They share no code with the fast paths, compute token by token in the state's precision, and take
+time and memory that no fast path may take. Their parameters are those of every backend.
 """
 
 from __future__ import annotations
@@ -11,32 +11,36 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
 
 if TYPE_CHECKING:
     from longctx_layers.ops.attention.far import FarKeys
+    from longctx_layers.ops.attention.pattern import Pattern
     from longctx_layers.ops.segments import Segments
+    from longctx_layers.ops.state_space.tiles import SSDInputs
 
 
 def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pattern: Pattern,
     *,
-    window_size: int | None,
-    chunk_size: int | None,
-    chunk_shift: int,
-    segments: Segments | None,
     far: FarKeys | None,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
     """`longctx_layers.ops.sparse_attention` with every score, masked by the definition."""
+    window_size, chunk_size, chunk_shift, segments = pattern
     dtype = q.dtype
     batch, heads, length, _ = q.shape
-    prefix, share = k.shape[2] - length, heads // k.shape[1]
-    precise = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(precise), *(x.to(precise).repeat_interleave(share, 1) for x in (k, v))
+    prefix = k.shape[2] - length
+    share = heads // k.shape[1]
+    precise = torch.promote_types(dtype, torch.float32)
+    q = q.to(precise)
+    k = repeat(k.to(precise), "b g s p -> b (g share) s p", share=share)
+    v = repeat(v.to(precise), "b g s p -> b (g share) s p", share=share)
     i = torch.arange(length, device=q.device)[:, None]
     j = torch.arange(-prefix, length, device=q.device)
     start = i.new_full((batch, length), -prefix) if segments is None else segments.start
@@ -49,37 +53,28 @@ def sparse_attention(
         chunk_of_key = torch.floor((j - origin - chunk_shift) / chunk_size)
         sees = sees & (chunk_of_query == chunk_of_key)
     scores = (q @ k.mT * scale).masked_fill(~sees[:, None], -math.inf)
-    if far is not None:
-        lists = torch.arange(length, device=q.device) // far.block
-        far_k, far_v = (
-            x[:, :, lists].to(precise).repeat_interleave(share, 1) for x in (far.k, far.v)
-        )  # [B, H, T, F, P]
-        mask = far.mask
-        if mask.shape[1] > 1:
-            mask = mask.repeat_interleave(share, 1)
-        distant = torch.einsum("bhtp,bhtfp->bhtf", far.q.to(precise), far_k) * scale
-        distant = distant.masked_fill(~mask, -math.inf)
-        weights = F.dropout(torch.cat([scores, distant], -1).softmax(-1), dropout_p)
-        near, distant = weights.split([k.shape[2], far.k.shape[3]], -1)
-        y = near @ v + torch.einsum("bhtf,bhtfp->bhtp", distant, far_v)
-    else:
-        y = F.dropout(scores.softmax(-1), dropout_p) @ v
+    if far is None:
+        return (F.dropout(scores.softmax(-1), dropout_p) @ v).to(dtype)
+    lists = torch.arange(length, device=q.device) // far.block
+    far_k = repeat(far.k[:, :, lists].to(precise), "b g t f p -> b (g share) t f p", share=share)
+    far_v = repeat(far.v[:, :, lists].to(precise), "b g t f p -> b (g share) t f p", share=share)
+    far_scores = torch.einsum("bhtp,bhtfp->bhtf", far.q.to(precise), far_k) * scale
+    far_share = share if far.mask.shape[1] > 1 else 1
+    mask = repeat(far.mask, "b g t f -> b (g share) t f", share=far_share)
+    far_scores = far_scores.masked_fill(~mask, -math.inf)
+    weights = F.dropout(torch.cat([scores, far_scores], -1).softmax(-1), dropout_p)
+    near_weights, far_weights = weights.split([k.shape[2], far.k.shape[3]], -1)
+    y = near_weights @ v + torch.einsum("bhtf,bhtfp->bhtp", far_weights, far_v)
     return y.to(dtype)
 
 
 def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    initial_state: Tensor,
-    segments: Segments | None,
+    inputs: SSDInputs, *, initial_state: Tensor, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
     """`longctx_layers.ops.ssd` as its recurrence."""
-    h, dtype, ys = initial_state, x.dtype, []
-    x, dt, A, B, C = (z.to(h.dtype) for z in (x, dt, A, B, C))
+    h = initial_state
+    x, dt, A, B, C = (z.to(h.dtype) for z in inputs)
+    ys = []
     for t in range(x.shape[1]):
         if segments is not None:
             h = torch.where(_begins(segments, t), 0, h)
@@ -87,26 +82,22 @@ def ssd(
         write = torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], B[:, t])
         h = _unless_pad(segments, t, decay * h + write, h)
         ys.append(torch.einsum("bhpn,bn->bhp", h, C[:, t]))
-    return torch.stack(ys, 1).to(dtype), h
+    return torch.stack(ys, 1).to(inputs.x.dtype), h
 
 
 def block_ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    inputs: SSDInputs,
     *,
     chunk_size: int,
     chunk_shift: int,
     initial_state: tuple[Tensor, Tensor],
     segments: Segments | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`longctx_layers.ops.block_ssd` as its recurrence, with what is readable and pending."""
+    """`longctx_layers.ops.block_ssd` as its recurrence over the readable and pending states."""
     readable, pending = initial_state
-    dtype, ys = x.dtype, []
-    x, dt, A, B, C = (z.to(readable.dtype) for z in (x, dt, A, B, C))
+    x, dt, A, B, C = (z.to(readable.dtype) for z in inputs)
     batch, length = x.shape[:2]
+    ys = []
     position = torch.zeros(batch, dtype=torch.int64, device=x.device)
     if segments is not None and length:
         position = -segments.start[:, 0]
@@ -127,14 +118,15 @@ def block_ssd(
         pending = _unless_pad(segments, t, decay * pending + write, pending)
         position = _unless_pad(segments, t, position + 1, position)
         ys.append(torch.einsum("bhpn,bn->bhp", readable, C[:, t]))
-    return torch.stack(ys, 1).to(dtype), pass_boundary(position, readable, pending)
+    return torch.stack(ys, 1).to(inputs.x.dtype), pass_boundary(position, readable, pending)
 
 
 def diagonal_scan(
     u: Tensor, log_decay: Tensor, *, initial_state: Tensor, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
     """`longctx_layers.ops.diagonal_scan` as its recurrence."""
-    h, hs = initial_state, []
+    h = initial_state
+    hs = []
     decay = torch.exp(log_decay.to(h.dtype)).expand(u.shape)
     for t in range(u.shape[1]):
         if segments is not None:
@@ -148,16 +140,19 @@ def conv_silu(
     x: Tensor, weight: Tensor, *, before: Tensor | None, segments: Segments | None
 ) -> Tensor:
     """`longctx_layers.ops.conv_silu` token by token, over the last few inputs of its segment."""
-    width, length = weight.shape[1], x.shape[1]
+    width = weight.shape[1]
+    length = x.shape[1]
     precise = torch.promote_types(x.dtype, torch.float32)
     if before is None:
         before = x.new_zeros(len(x), width - 1, x.shape[2])
-    known, ys = torch.cat([before, x], 1).to(precise), []
+    known = torch.cat([before, x], 1).to(precise)
+    ys = []
     for t in range(length):
-        recent, index = known[:, t : t + width], torch.arange(t - width + 1, t + 1, device=x.device)
+        recent = known[:, t : t + width]
         if segments is not None:
-            own = index >= segments.start[:, t, None]
-            recent = torch.where(own[..., None], recent, 0)
+            index = torch.arange(t - width + 1, t + 1, device=x.device)
+            same_segment = index >= segments.start[:, t, None]
+            recent = torch.where(same_segment[..., None], recent, 0)
         y = torch.einsum("bnc,cn->bc", recent, weight.to(precise))
         ys.append(y / (1 + torch.exp(-y)))
     return torch.stack(ys, 1).to(x.dtype)
@@ -165,11 +160,13 @@ def conv_silu(
 
 def gated_norms(z: Tensor, o: Tensor, s: Tensor, weight_o: Tensor, weight_s: Tensor) -> Tensor:
     """`longctx_layers.ops.gated_norms` as its formula."""
-    dtype, precise = z.dtype, torch.promote_types(z.dtype, torch.float32)
-    z, *paths = (x.to(precise) for x in (z, o, s))
-    o, s = (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in paths)
-    gate = 1 / (1 + torch.exp(-z))
-    return (gate * o * weight_o.to(precise) + (1 - gate) * s * weight_s.to(precise)).to(dtype)
+    precise = torch.promote_types(z.dtype, torch.float32)
+    gate = 1 / (1 + torch.exp(-z.to(precise)))
+    o, s = (
+        x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        for x in (o.to(precise), s.to(precise))
+    )
+    return (gate * o * weight_o.to(precise) + (1 - gate) * s * weight_s.to(precise)).to(z.dtype)
 
 
 def _begins(segments: Segments, t: int) -> Tensor:

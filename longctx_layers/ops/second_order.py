@@ -16,30 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-
-# Why a backend with a hand-written backward pass refuses a call for which `forward_mode` is true.
-NO_FORWARD_MODE = "has no forward-mode derivatives"
-
-
-def forward_mode() -> bool:
-    """Whether the call computes forward-mode derivatives, by `torch.func` or by dual numbers.
-
-    They do not depend on the gradient mode: `torch.no_grad` leaves them on.
-    """
-    # torch has no public function for this; `torch.func.jvp` enters a dual level too.
-    return forward_ad._current_level >= 0
-
-
-def transformed() -> bool:
-    """Whether `torch.func` transforms the call, or forward-mode derivatives are computed."""
-    return forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def twice_differentiable(
     fast: Callable[..., Any], composed: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """`fast(*args, **kwargs)`, with gradients that can be differentiated again.
+
+    Not for calls that `torch.func` transforms: what surrounds `fast` has no rules for them.
 
     Args:
         fast: an implementation whose gradients are right, but can't be differentiated.
@@ -55,7 +39,7 @@ def twice_differentiable(
         return fast(*args, **kwargs)
     tensors: list[Tensor] = []
     arguments = _without_tensors((args, kwargs), tensors)
-    if not any(x.requires_grad for x in tensors) or transformed():
+    if not any(x.requires_grad for x in tensors):
         return fast(*args, **kwargs)
     call = _Call(composed, arguments)
     entered = _Enter.apply(call, *tensors)

@@ -1,9 +1,10 @@
-"""What a report consists of, apart from how it is written down."""
+"""What a report consists of, independent of how it is rendered."""
 
 from __future__ import annotations
 
+import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ class Table(NamedTuple):
     """Rows of cells under a header; the first column names the rows.
 
     Attributes:
-        words: whether the cells are words, and so begin at the left.
+        words: whether the cells are words, which are aligned to the left.
     """
 
     header: Sequence[str]
@@ -21,7 +22,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A PNG under a file name without ending, and what it shows, in words."""
+    """A PNG with its file name (without ending), and what it shows, in words."""
 
     name: str
     shows: str
@@ -29,14 +30,14 @@ class Picture(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A prompt, and what the model went on with."""
+    """A prompt and the text that a model generated after it."""
 
     prompt: str
     continuation: str
 
 
 class Warned(str):
-    """A paragraph that must not be overlooked."""
+    """A paragraph that readers must not overlook."""
 
 
 Part = str | Table | Picture | Sample
@@ -44,7 +45,7 @@ Part = str | Table | Picture | Sample
 
 @dataclass
 class Section:
-    """A part of the page, and the numbers behind it for the JSON file."""
+    """A part of the page, and the numbers in it for the JSON file."""
 
     title: str
     parts: list[Part]
@@ -52,9 +53,12 @@ class Section:
 
 
 def visible(text: str) -> str:
-    """The text with its control characters made visible, but for line feeds and tabs.
+    """The text with control characters replaced by visible ones, except line feeds and tabs.
 
-    Those that reorder or break lines too: a text can't look like another one on the page.
+    This includes characters that reorder or break lines, so that no text can pose as another.
+
+    >>> visible("a\\x1bb")
+    'a␛b'
     """
     return "".join(map(_visible, text))
 
@@ -70,3 +74,16 @@ def _visible(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return f"\\u{code:04x}"
     return character
+
+
+def finite(value: Any) -> Any:
+    """The value for JSON, which has no NaN and no infinity: None in their place, at any depth.
+
+    >>> finite({"a": [1.0, math.nan]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""A report as one HTML file: nothing in it is fetched from anywhere, and nothing runs."""
+"""A report as one HTML file that loads nothing from elsewhere and runs no scripts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = {Table: "table", Picture: "picture", Sample: "sample", Warned: "warning"
 
 
 def render(title: str, introduction: str, sections: Sequence[Section]) -> str:
-    """The page; whatever is put into the template is escaped."""
+    """The page as HTML; everything that goes into the template is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""What a training left in its folder: the options of the run, and the scalars of TensorBoard."""
+"""The logs of a training: the options of its runs, and their TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVENTS = "events.out.tfevents.*"
 
 @dataclass
 class Log:
-    """One training, in one run or in several that went on from each other.
+    """One training, in one run or in several of which each resumed the one before.
 
     Attributes:
         folders: of its runs, `version_*`.
@@ -43,18 +43,19 @@ class Log:
 
 
 def find(checkpoint: Checkpoint, place: Path | None = None) -> Log | None:
-    """The log of the training that made a checkpoint, or None.
+    """The log of the training that wrote a checkpoint, or None.
 
-    Several trainings may have logged beside each other. Taken is the one whose model has the
-    checkpoint's options, and of those that began before the checkpoint was written the last.
+    A folder may hold the logs of several trainings. The right one has the checkpoint's model
+    options; of several, it is the last one that began before the checkpoint was written.
 
     Args:
-        place: where to look: a run's `version_*`, or the folder of a training. By default the
-            training's folder that a checkpoint of examples/train.py lies in.
+        checkpoint: to find the log of.
+        place: where to look: a run's `version_*`, or the folder of a training. By default it is the
+            folder of the training that a checkpoint lies in.
 
     Raises:
-        FileNotFoundError: if a place was given and no log that fits is there.
-        ValueError: for a folder's model and a place with several trainings.
+        FileNotFoundError: if a place was given that has no suitable log.
+        ValueError: for the model of a folder, and a place with several trainings.
     """
     if place is None and checkpoint.step is None:
         return None
@@ -63,15 +64,16 @@ def find(checkpoint: Checkpoint, place: Path | None = None) -> Log | None:
     trainings = _trainings(runs, checkpoint.options)
     if place is not None and not trainings:
         raise FileNotFoundError(
-            f"logs: expected runs of examples/train.py with this model's options, got {place}; "
-            f"pass a folder with {FOLDER}/ in it, or one of the folders version_* in there"
+            f"logs: expected training runs with this model's options, got {place}; pass a folder "
+            f"with {FOLDER}/ in it, or one of the folders version_* in there"
         )
     if not trainings:
         return None
     if checkpoint.step is None and len(trainings) > 1:
         raise ValueError(
-            f"logs: expected one training, got {len(trainings)} in {place}; a folder's model does "
-            f"not say which is its own: pass one of the folders version_*, as {trainings[-1][-1]}"
+            f"logs: expected one training, got {len(trainings)} in {place}; the model of a folder "
+            "does not say which of them is its own: pass one of the folders version_*, such as "
+            f"{trainings[-1][-1]}"
         )
     written = checkpoint.path.stat().st_mtime
     before = [folders for folders in trainings if _began(folders[0]) <= written]
@@ -80,54 +82,56 @@ def find(checkpoint: Checkpoint, place: Path | None = None) -> Log | None:
 
 
 def versions(place: Path) -> list[Path]:
-    """The folders of runs that are a place, or in it, from the first to the last."""
+    """The folders of runs in a place, in order; the place itself if it is one."""
     if any(place.glob(EVENTS)):
         return [place]
     root = place / FOLDER if (place / FOLDER).is_dir() else place
-    found = [p for p in root.glob("version_*") if p.name[8:].isdecimal() and any(p.glob(EVENTS))]
-    return sorted(found, key=lambda path: int(path.name[8:]))
+    runs = [p for p in root.glob("version_*") if p.name[8:].isdecimal() and any(p.glob(EVENTS))]
+    return sorted(runs, key=lambda path: int(path.name[8:]))
 
 
 def _options(folder: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):  # a run that was killed while it began
+    except (OSError, ValueError, yaml.YAMLError):  # a run that was killed at its beginning
         return {}
     return options if isinstance(options, dict) else {}
 
 
 def _trainings(runs: Mapping[Path, dict[str, Any]], wanted: Mapping[str, Any]) -> list[list[Path]]:
-    """Runs with these options of the model (any, if there are none), those that resumed joined."""
-    found: list[list[Path]] = []
+    """Runs whose model has these options (any model without them), joined where they resumed."""
+    trainings: list[list[Path]] = []
     previous: Any = None
     for folder, options in runs.items():
-        own = options.get("model")
-        if not isinstance(own, dict) or (wanted and _plain(own) != _plain(wanted)):
+        model = options.get("model")
+        if not isinstance(model, dict) or (wanted and _plain(model) != _plain(wanted)):
             continue
-        if found and options.get("ckpt_path") and _plain(own) == previous:
-            found[-1].append(folder)
+        if trainings and options.get("ckpt_path") and _plain(model) == previous:
+            trainings[-1].append(folder)
         else:
-            found.append([folder])
-        previous = _plain(own)
-    return found
+            trainings.append([folder])
+        previous = _plain(model)
+    return trainings
 
 
 def _plain(options: Mapping[str, Any]) -> Any:
-    # As JSON has it: the keys of schedules are strings in one file and numbers in the other.
+    # As JSON, because the keys of schedules are strings in one file and numbers in the other.
     return json.loads(json.dumps(options, default=str))
 
 
 def _began(folder: Path) -> float:
-    # Named after the second it was made in.
+    # TensorBoard puts the second of their creation into the names of its files.
     return min(int(path.name.split(".")[3]) for path in folder.glob(EVENTS))
 
 
 def scalars(folders: list[Path], step: int | None = None) -> dict[str, dict[int, float]]:
-    """TensorBoard's scalars of runs, up to a step: by name and step, of which later runs win."""
-    found: dict[str, dict[int, float]] = {}
+    """TensorBoard scalars of runs up to a step, by name and step; later runs take precedence."""
+    values: dict[str, dict[int, float]] = {}
     for folder in folders:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         for name in events.Tags()["scalars"]:
-            own = {e.step: e.value for e in events.Scalars(name) if step is None or e.step <= step}
-            found.setdefault(name, {}).update(own)
-    return found
+            by_step = values.setdefault(name, {})
+            by_step.update(
+                (e.step, e.value) for e in events.Scalars(name) if step is None or e.step <= step
+            )
+    return values

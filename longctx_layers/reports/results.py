@@ -1,4 +1,4 @@
-"""What examples/evaluate.py has measured of a checkpoint."""
+"""The results of evaluations of a checkpoint, read from the files that the program wrote."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import os
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
-from longctx_layers.evals.program.measuring import FURTHER, folder_name
+from longctx_layers.evals import TASKS
+from longctx_layers.evals.program.measuring import folder_name
 from longctx_layers.evals.program.models import fingerprint
-from longctx_layers.evals.program.options import NAMES, NEEDLE, STREAMING
-from longctx_layers.evals.program.rows import Rows
+from longctx_layers.evals.program.options import task_names
+from longctx_layers.evals.program.rows import Row, detail_of, detailed_rows, rows_by_length
+from longctx_layers.evals.tasks.base import NEEDLE, STREAMING
 from longctx_layers.reports.checkpoint import Checkpoint
 
-Row = dict[str, Any]
 MEASURED = ("length", "accuracy", "n", "chance", "low", "high")
 OPTIONAL = ("accuracy_state_zeroed", "reach")
-# Of streaming perplexity beside these; there is no slope where the text is too short for one.
+# Streaming perplexity has these in addition; there is no slope if the text is too short for one.
 STREAMED = ("loss", "perplexity", "slope_from")
 SLOPES = ("slope", "slope_low", "slope_high")
-BY_PLACE = {NEEDLE: ("accuracy", "chance"), "drift_curve": ("accuracy", "loss")}
 
 
 @dataclass
@@ -28,8 +27,9 @@ class Results:
     """The rows of one checkpoint.
 
     Attributes:
-        by_length: of a task, in the order of lengths.
-        by_place: of a task, by the place of the question, or of the token (streaming perplexity).
+        folder: where they are.
+        by_length: by task, in the order of lengths.
+        by_place: by task, by the position of the question, or of the token (streaming perplexity).
         by_depth: of the needle grid.
     """
 
@@ -40,75 +40,92 @@ class Results:
 
 
 def find(checkpoint: Checkpoint, folder: Path | None = None) -> Results | None:
-    """The rows in a folder that are of this checkpoint; None without any.
+    """The rows of this checkpoint in a folder; None if there are none.
 
     Args:
-        folder: an `--output_dir` of examples/evaluate.py; where it writes by default unless given.
+        checkpoint: whose rows are wanted.
+        folder: an `--output_dir` of an evaluation; by default where the program would write.
 
     Raises:
-        ValueError: if a file there is not one of evaluations.
+        ValueError: if a file there was not written by an evaluation.
     """
-    place = _default(checkpoint) if folder is None else folder
-    found = Results(place)
-    for task in NAMES:
-        names = ("task", "block", "length")
-        rows = _own(checkpoint, place / f"{task}.jsonl", names)
+    folder = _default(checkpoint) if folder is None else folder
+    results = Results(folder)
+    for task in task_names():
+        rows = _own_rows(checkpoint, folder, task)
         if not rows:
             continue
-        for row in rows:
-            numbers, optional = MEASURED, OPTIONAL
-            if task == STREAMING:
-                numbers, optional = (*numbers, *STREAMED), (*optional, *SLOPES)
-            _check(row, place / f"{task}.jsonl", numbers, optional)
-        found.by_length[task] = sorted(rows, key=lambda row: row["length"])
-        keys = {row["key"] for row in rows}
-        kind, name = ("depths", "depth") if task == NEEDLE else ("places", "place")
-        path = place / f"{task}_{kind}{FURTHER}"
-        own = [r for r in Rows(path, (*names, name)).rows.values() if r.get("key") in keys]
-        for row in own:
-            _check(row, path, ("length", name, *BY_PLACE.get(task, ("loss",))))
-        own.sort(key=lambda row: row[name])
+        results.by_length[task] = sorted(rows, key=lambda row: row["length"])
+        details = _details(folder, task, {row["key"] for row in rows})
         if task == NEEDLE:
-            found.by_depth = own
+            results.by_depth = details
         else:
-            found.by_place[task] = own
-    return found if found.by_length else None
+            results.by_place[task] = details
+    return results if results.by_length else None
 
 
 def _default(checkpoint: Checkpoint) -> Path:
     folder = Path(os.path.normpath(checkpoint.path.parent))
-    if folder.name == "models":  # trained by examples/evaluate.py, beside its rows
+    if folder.name == "models":  # trained by the evaluation program, which wrote rows beside it
         return folder.parent
     return Path("reports/evaluation", folder_name(checkpoint.path))
 
 
-def _own(checkpoint: Checkpoint, path: Path, names: tuple[str, ...]) -> list[Row]:
-    """Rows of this very model."""
-    rows = list(Rows(path, names).rows.values())
+def _own_rows(checkpoint: Checkpoint, folder: Path, task: str) -> list[Row]:
+    """The rows by length of this very model, checked."""
+    file = rows_by_length(folder, task)
+    rows = list(file.rows.values())
     if not rows:
         return []
     for row in rows:
         if missing := [n for n in ("model", "key") if not isinstance(row.get(n), str)]:
-            raise _foreign(row, path, "a model and a key", missing)
-    # Trained on the task afterwards, it is the model in the folder with the row's key.
-    name, own = checkpoint.path.resolve().name, fingerprint(checkpoint.model)
-    return [
+            raise _not_a_result(row, file.path, "a model and a key", missing)
+    # A model that was then trained on the task lies in a folder that is named after the row's key.
+    name = checkpoint.path.resolve().name
+    own = fingerprint(checkpoint.model)
+    rows = [
         row
         for row in rows
         if (name.endswith(f"-{row['key']}") if row.get("train_steps") else row["model"] == own)
     ]
+    streaming = task == STREAMING
+    for row in rows:
+        _check(
+            row,
+            file.path,
+            (*MEASURED, *STREAMED) if streaming else MEASURED,
+            (*OPTIONAL, *SLOPES) if streaming else OPTIONAL,
+        )
+    return rows
+
+
+def _details(folder: Path, task: str, keys: set[str]) -> list[Row]:
+    """The rows by depth or place that belong to the rows with these keys, checked."""
+    file = detailed_rows(folder, task)
+    detail = detail_of(task)
+    rows = [row for row in file.rows.values() if row.get("key") in keys]
+    numbers = ["length", detail]
+    if task == NEEDLE:
+        numbers += ["accuracy", "chance"]
+    elif task in TASKS and TASKS[task].drawn_by_place:
+        numbers += ["accuracy", "loss"]
+    else:
+        numbers += ["loss"]
+    for row in rows:
+        _check(row, file.path, tuple(numbers))
+    return sorted(rows, key=lambda row: row[detail])
 
 
 def _check(row: Row, path: Path, numbers: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     wrong = [name for name in numbers if not isinstance(row.get(name), Real)]
     wrong += [n for n in optional if not (row.get(n) is None or isinstance(row[n], Real))]
     if wrong:
-        raise _foreign(row, path, f"numbers for {', '.join(numbers)}", wrong)
+        raise _not_a_result(row, path, f"numbers for {', '.join(numbers)}", wrong)
 
 
-def _foreign(row: Row, path: Path, expected: str, missing: list[str]) -> ValueError:
+def _not_a_result(row: Row, path: Path, expected: str, missing: list[str]) -> ValueError:
     return ValueError(
-        f"{path}: expected rows with {expected}, got none for {', '.join(missing)} in that of "
-        f"{row['block']} at length {row['length']}; it is another program's or an older version's: "
-        "move the file away, and run examples/evaluate.py again"
+        f"{path}: expected rows with {expected}, got none for {', '.join(missing)} in the row of "
+        f"{row['block']} at length {row['length']}; another program or an older version wrote it: "
+        "move the file away, and evaluate again"
     )

@@ -1,4 +1,4 @@
-"""The program: LightningCLI with this project's model, data, defaults and errors."""
+"""The training program: LightningCLI with this library's model, data, defaults and errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lightning as L
@@ -15,22 +16,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from longctx_layers.command_line import program_name, underscored
 from longctx_layers.data.errors import DataError, ResumptionError
 from longctx_layers.data.module import LongContextData
 from longctx_layers.data.store import DamagedCacheError
-from longctx_layers.data.trainer_flags import check_end
+from longctx_layers.data.trainer_flags import check_end, is_trial
 from longctx_layers.files import UNWRITABLE, StorageError
-from longctx_layers.training.checkpoints import (
-    AtomicCheckpointIO,
-    newest_checkpoint,
-    read_content,
-)
-from longctx_layers.training.hardware import settle
+from longctx_layers.training.checkpoint_files import newest_checkpoint
+from longctx_layers.training.checkpoint_io import AtomicCheckpointIO
+from longctx_layers.training.checkpoints import read_content
+from longctx_layers.training.hardware import trainer_changes
 from longctx_layers.training.module import LanguageModel, NonFiniteError
 from longctx_layers.training.monitoring import Monitor
 from longctx_layers.training.saving import Checkpoints
 
-# What Lightning says about choices that are made here on purpose.
+# Lightning's warnings about choices that are made here on purpose.
 SILENCED = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*does not have many workers.*",
@@ -41,20 +41,18 @@ SILENCED = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
 )
 
-
-# Options of the model that say how it is computed, and not what; a resumed run may change them.
+# Options of how a model is computed, not of what it computes; a resumed run may change them.
 HOW = ("gradient_checkpointing", "compile")
 
 
 class Parser(LightningArgumentParser):
-    """Errors about a misspelt flag name the flags that there are."""
+    """Accepts hyphens in the names of flags; errors about an unknown flag name the closest one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Not even an abbreviation is guessed at.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the program with one line, without the usage of some hundred flags."""
+        """End the program with one line, without the usage, which is hundreds of flags."""
         unknown = re.findall(r"--([\w.]+)", message) if "nrecognized arguments" in message else []
         for flag in unknown:
             group = flag.rpartition(".")[0]
@@ -71,9 +69,9 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The trainer's methods that are commands, and their arguments that are no flags."""
-        known = LightningCLI.subcommands()
-        return {name: known[name] for name in ("fit", "validate")}
+        """The trainer's methods that are commands, and their arguments that are not flags."""
+        methods = LightningCLI.subcommands()
+        return {name: methods[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the trainer's defaults, and add the checkpoints' flags."""
@@ -83,15 +81,17 @@ class CLI(LightningCLI):
                 "trainer.max_steps": 100_000,
                 "trainer.devices": 1,
                 "trainer.log_every_n_steps": 10,
-                "trainer.enable_model_summary": False,  # the monitor's start lines say more
+                "trainer.enable_model_summary": False,  # the monitor prints more
             }
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and find `--ckpt_path=last`."""
-        super().parse_arguments(parser, args)
-        self.given = parser.parse_args(args, defaults=False)[self.config.subcommand]
+        """Parse, and find the file for `--ckpt_path=last`."""
+        arguments = underscored(sys.argv[1:] if args is None else args)
+        self.config = parser.parse_args(arguments)
+        # Without defaults: what the command line, a file or the environment sets.
+        self.explicit = parser.parse_args(arguments, defaults=False)[self.config.subcommand]
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
         if path == "last":
@@ -101,12 +101,12 @@ class CLI(LightningCLI):
             except ValueError as error:
                 parser.error(f"--ckpt_path=last: {error}")
             config.ckpt_path = newest and str(newest)
-            print(f"--ckpt_path=last: {newest or f'none under {root} yet, so this run begins'}")
+            print(f"--ckpt_path=last: {newest or f'none under {root} yet, so this run starts'}")
 
     def _parse_ckpt_path(self) -> None:
-        """Take the model's options from the checkpoint, and refuse others that were given.
+        """Take the model's options from the checkpoint, and refuse different explicit ones.
 
-        Lightning's own would replace those that were given without a word.
+        Lightning's own method would silently replace explicit options.
         """
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
@@ -120,31 +120,35 @@ class CLI(LightningCLI):
         self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
         options = self.config[command].model
         differing = []
-        for name, value in vars(self.given.get("model", Namespace())).items():
+        for name, value in vars(self.explicit.get("model", Namespace())).items():
             if name in HOW:
                 options[name] = value
             elif value != options[name]:
                 differing.append(f"--model.{name}={value} (the checkpoint has {options[name]})")
-        seed = self.given.get("seed_everything")
+        seed = self.explicit.get("seed_everything")
         if type(seed) is int and command == "fit" and seed != content["longctx"]["seed"]:
             differing.append(f"--seed_everything={seed} (it has {content['longctx']['seed']})")
         if differing:
             self.parser.error(
                 f"--ckpt_path={path}: expected the options that the checkpoint was trained with, "
                 f"got {', '.join(differing)}; leave them out of the command line, the --config "
-                "file and the environment, or begin a new run without --ckpt_path"
+                "file and the environment, or start a new run without --ckpt_path"
             )
 
     def before_instantiate_classes(self) -> None:
-        """Settle what depends on the machine."""
+        """Change options that this machine cannot run as they are, and print the changes."""
+        trainer = self.config[self.subcommand].trainer
         try:
-            said = settle(self.config[self.subcommand].trainer)
+            changes, lines = trainer_changes(trainer)
         except ValueError as error:
             self.parser.error(str(error))
-        print(*said, sep="\n", end="\n" * bool(said), flush=True)
+        for name, value in changes.items():
+            trainer[name] = value
+        for line in lines:
+            print(line, flush=True)
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; what they refuse is the user's error, in one line."""
+        """Build model, data and trainer; errors about options end the program with one line."""
         try:
             super().instantiate_classes()
             self.model.check_data(self.datamodule.seq_len, self.datamodule.carry_state)
@@ -154,7 +158,7 @@ class CLI(LightningCLI):
             self.parser.error(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Add atomic checkpoints, the monitor, and a bar if nobody chose another."""
+        """Add atomic checkpoints, the monitor, and a progress bar unless there is one."""
         config = self._get(self.config_init, "trainer")
         bar = config.enable_progress_bar
         if bar is None:
@@ -181,18 +185,23 @@ class CLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def after_fit(self) -> None:
-        """Validate the model as it came out, unless that was the last thing done."""
+        """Validate the final model, unless its last step was followed by a validation."""
         trainer = self.trainer
-        wanted = trainer.limit_val_batches and len(self.datamodule.validation)
-        if trainer.fast_dev_run or not wanted or trainer.interrupted:
+        has_batches = trainer.limit_val_batches and len(self.datamodule.validation)
+        if is_trial(trainer) or not has_batches or trainer.interrupted:
             return
         if self.model.validated_step == trainer.global_step:
             return
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
-def main() -> None:
-    """Run the command line in `sys.argv`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the training program.
+
+    Args:
+        arguments: the command line, `["fit", "--model.block=dpassm", ...]`; `sys.argv[1:]` by
+            default.
+    """
     for message in SILENCED:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -205,8 +214,14 @@ def main() -> None:
             parser_class=Parser,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"default_env": True, "env_prefix": "LONGCTX"},
+            parser_kwargs={
+                "default_env": True,
+                "env_prefix": "LONGCTX",
+                "prog": program_name("longctx_layers.training.train", "train"),
+                "description": "Train a language model over any of the layers.",
+            },
             auto_configure_optimizers=False,
+            args=None if arguments is None else list(arguments),
         )
     except (
         NonFiniteError,

@@ -1,25 +1,26 @@
-"""Turn a checkpoint of examples/train.py into a folder that `from_pretrained` reads.
+"""Turn a checkpoint of the training into a folder that `from_pretrained` reads.
 
-    python examples/export.py --checkpoint logs/checkpoints/step=00010000.ckpt --output model
+    python -m longctx_layers.training.export \\
+        --checkpoint_path logs/checkpoints/step=00010000.ckpt --output_dir model
 
-The folder gets the model (`config.json`, `model.safetensors`) and the tokenizer's files, as
-transformers reads them, with the end of text at which `generate` stops. One that holds another
-model, or another tokenizer's files, is refused. Before the program ends it loads the folder again
-and compares the logits.
+The folder holds the model (`config.json`, `model.safetensors`) and the tokenizer's files, as
+transformers reads them, with the end of text at which `generate` stops. A folder with another
+model, or another tokenizer's files, is refused. Finally the program loads the folder and compares
+the logits.
 """
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from longctx_layers import LongContextLM, ModelConfig
+from longctx_layers.command_line import Parser, program_name
 from longctx_layers.data.tokenizers import load_tokenizer
 from longctx_layers.files import write, write_folder
 from longctx_layers.training.checkpoints import packed_tokenizer, read_checkpoint, unpack_tokenizer
@@ -27,21 +28,34 @@ from longctx_layers.training.checkpoints import packed_tokenizer, read_checkpoin
 MODEL_FILES = ("config.json", "model.safetensors")
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "additional_chat_templates/*", "*.spm",
-)  # fmt: skip
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.spm",
+)
 
 
 def export(checkpoint: Path, output: Path) -> LongContextLM:
-    """Write the folder and check it; after an error it is as it was, or not there.
+    """Export a checkpoint to a folder, and check it; after an error the folder is unchanged.
+
+    Args:
+        checkpoint: a file that the training wrote.
+        output: a new folder, or one with an earlier export of this model.
+
+    Returns:
+        The model, loaded from the folder.
 
     Raises:
-        FileNotFoundError, ValueError: for a checkpoint that cannot be read, a place that holds
-            anything else, or a folder that gives other logits.
+        FileNotFoundError, ValueError: for a checkpoint that cannot be read, a folder with something
+            else in it, or one that gives other logits.
         OSError: if the folder cannot be written.
     """
-    model, saved = read_checkpoint(checkpoint)
-    tokenizer, end_of_text = written_anew(saved)
+    model, files = read_checkpoint(checkpoint)
+    tokenizer, end_of_text = current_files(files)
     taken = sorted(set(tokenizer) & set(MODEL_FILES))
     if taken:
         raise ValueError(f"tokenizer: its files {taken} would replace the model's")
@@ -59,10 +73,11 @@ def export(checkpoint: Path, output: Path) -> LongContextLM:
     return loaded
 
 
-def written_anew(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], int]:
+def current_files(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], int]:
     """A tokenizer's files as transformers reads them, and its end of text.
 
-    Those in a checkpoint may be of an earlier version, which wrote a tokenizer of bytes otherwise.
+    An earlier version of this library may have written the checkpoint; its files for a tokenizer of
+    bytes were different.
     """
     with tempfile.TemporaryDirectory() as folder:
         unpack_tokenizer(files, folder)
@@ -72,7 +87,7 @@ def written_anew(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], int]:
 
 
 def add_end_of_text(folder: Path, end_of_text: int) -> None:
-    """Name the end of text in the model's config and in that of its generation."""
+    """Write the id of the end of text into the configs of the model and of its generation."""
     ids = {"eos_token_id": end_of_text}
     config = json.loads((folder / MODEL_FILES[0]).read_bytes())
     for name, content in ((MODEL_FILES[0], {**config, **ids}), (GENERATION_FILE, ids)):
@@ -80,7 +95,12 @@ def add_end_of_text(folder: Path, end_of_text: int) -> None:
 
 
 def check_folder(output: Path, config: ModelConfig, tokenizer: Collection[str]) -> None:
-    """Refuse a place where this model and its tokenizer would not be alone.
+    """Check that an export to `output` would not mix with other files.
+
+    Args:
+        output: the folder to write.
+        config: of the model.
+        tokenizer: the names of the tokenizer's files.
 
     Raises:
         ValueError: for a file, and for a folder with another model's or tokenizer's files.
@@ -88,20 +108,22 @@ def check_folder(output: Path, config: ModelConfig, tokenizer: Collection[str]) 
     if not output.exists():
         return
     if not output.is_dir():
-        raise ValueError(f"--output: expected a folder, got the file {output}; choose another name")
+        raise ValueError(
+            f"--output_dir: expected a folder, got the file {output}; choose another name"
+        )
     files = [path for path in output.rglob("*") if not path.is_dir()]
     names = sorted(path.relative_to(output).as_posix() for path in files)
-    other = "remove that folder, or choose another --output"
+    remedy = "remove that folder, or choose another --output_dir"
     if set(names) & set(MODEL_FILES) and not _holds(output, config):
         raise ValueError(
-            f"--output: expected a new folder, or one with an earlier export of this model, got "
-            f"{output}, which holds another model; {other}"
+            "--output_dir: expected a new folder, or one with an earlier export of this model, "
+            f"got {output}, which holds another model; {remedy}"
         )
-    known = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in TOKENIZER_FILES)]
-    if stale := [name for name in known if name not in tokenizer]:
+    present = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in TOKENIZER_FILES)]
+    if stale := [name for name in present if name not in tokenizer]:
         raise ValueError(
-            f"--output: expected a folder without another tokenizer's files, got "
-            f"{', '.join(stale)} in {output}; {other}"
+            f"--output_dir: expected a folder without another tokenizer's files, got "
+            f"{', '.join(stale)} in {output}; {remedy}"
         )
 
 
@@ -109,30 +131,43 @@ def _holds(folder: Path, config: ModelConfig) -> bool:
     """Whether the model in a folder has this configuration."""
     try:
         content = json.loads((folder / MODEL_FILES[0]).read_bytes())
-        found = ModelConfig.from_dict(content["model"])
+        stored = ModelConfig.from_dict(content["model"])
     except (OSError, ValueError, KeyError, TypeError):  # none, damaged or another program's
         return False
-    # As JSON has it, where a tuple is a list.
-    one, other = (json.dumps(c.to_dict(), sort_keys=True) for c in (found, config))
-    return one == other
+    # In JSON a tuple is a list.
+    return _as_json(stored) == _as_json(config)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", "--checkpoint_path", type=Path, required=True)
+def _as_json(config: ModelConfig) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program.
+
+    Args:
+        arguments: the command line; `sys.argv[1:]` by default.
+    """
+    parser = Parser(
+        prog=program_name("longctx_layers.training.export", "export"),
+        description="Turn a checkpoint of the training into a folder that `from_pretrained` reads.",
+    )
+    parser.add_argument("--checkpoint_path", "--checkpoint", type=Path, required=True)
     parser.add_argument(
-        "--output", type=Path, required=True, help="the folder to write: a new one, or one with an "
-        "earlier export of this model, whose files are replaced; a folder that holds another model "
-        "or tokenizer is refused"
-    )  # fmt: skip
-    args = parser.parse_args(argv)
+        "--output_dir",
+        "--output",
+        type=Path,
+        required=True,
+        help="the folder to write: a new one, or one with an earlier export of this model, whose "
+        "files are replaced; a folder that holds another model or tokenizer is refused",
+    )
+    flags = parser.parse_args(arguments)
     try:
-        model = export(args.checkpoint, args.output)
+        model = export(flags.checkpoint_path, flags.output_dir)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"export.py: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(model.describe())
-    print(f"Written to {args.output}; loaded from there it gives the checkpoint's logits.")
+    print(f"Written to {flags.output_dir}; loaded from there it gives the checkpoint's logits.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the trainer's options mean on this machine, and how a model is sharded over several."""
+"""The trainer's options on this machine, and sharding of a model over several devices."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from longctx_layers import LongContextLM
 FSDP = "lightning.pytorch.strategies.ModelParallelStrategy"
 
 
-def settle(trainer: Any) -> list[str]:
-    """Change a trainer's config in place to what this machine can do.
+def trainer_changes(trainer: Any) -> tuple[dict[str, Any], list[str]]:
+    """What to change in a trainer's configuration so that this machine can run it.
+
+    Args:
+        trainer: the configuration, which is not changed.
 
     Returns:
-        What was changed, in lines for the user.
+        New values by the option's name, and a line for the user about each.
 
     Raises:
-        ValueError: for what it can't do, with the remedy.
+        ValueError: for what this machine cannot do, with the remedy.
     """
-    said = []
+    changes: dict[str, Any] = {}
+    lines = []
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (
         trainer.accelerator in ("gpu", "cuda")
@@ -34,8 +38,10 @@ def settle(trainer: Any) -> list[str]:
         )
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not gpus)
     if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
-        said.append(f"--trainer.precision={trainer.precision}: bf16-mixed, as this runs on the CPU")
-        trainer.precision = "bf16-mixed"
+        changes["precision"] = "bf16-mixed"
+        lines.append(
+            f"--trainer.precision={trainer.precision}: bf16-mixed, since this runs on the CPU"
+        )
     strategy = trainer.strategy
     if isinstance(strategy, str) and strategy.startswith("deepspeed"):
         if importlib.util.find_spec("deepspeed") is None:
@@ -51,8 +57,8 @@ def settle(trainer: Any) -> list[str]:
             )
     if strategy == "fsdp":
         size = device_count(trainer.devices, 1 if on_cpu else gpus) * int(trainer.num_nodes)
-        said.append(f"--trainer.strategy=fsdp: FSDP2 over {size} process{'es' * (size > 1)}")
-        trainer.strategy = {
+        lines.append(f"--trainer.strategy=fsdp: FSDP2 over {size} process{'es' * (size > 1)}")
+        changes["strategy"] = {
             "class_path": FSDP,
             "init_args": {
                 "data_parallel_size": size,
@@ -60,11 +66,15 @@ def settle(trainer: Any) -> list[str]:
                 "save_distributed_checkpoint": False,  # one file, as every other strategy writes
             },
         }
-    return said
+    return changes, lines
 
 
 def device_count(devices: Any, available: int) -> int:
-    """How many processes a node has for `--trainer.devices`."""
+    """How many processes `--trainer.devices` starts on a node.
+
+    >>> device_count("auto", available=4), device_count("0,2", 4), device_count([1], 4)
+    (4, 2, 1)
+    """
     if devices in ("auto", -1, "-1"):
         return available
     if isinstance(devices, str):
@@ -73,7 +83,7 @@ def device_count(devices: Any, available: int) -> int:
 
 
 def shard(model: LongContextLM, mesh: Any) -> None:
-    """Shard parameters, gradients and optimizer states of the model over the mesh (FSDP2)."""
+    """Shard parameters, gradients and optimizer state of a model over a device mesh (FSDP2)."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for block in model.blocks:

@@ -1,4 +1,4 @@
-"""A look inside a model: what its memory does, where a NaN begins, how much memory a step takes."""
+"""A look inside a model: its layers' memory, where a NaN begins, how many bytes a step keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx_layers import LongContextLM, ModelConfig
 
 @contextmanager
 def forward_hooks(hooks: list[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Run with these forward hooks, uncompiled: compiled code would not notice them."""
+    """Run with these forward hooks, without compiled code, which would ignore them."""
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -29,26 +29,27 @@ def forward_hooks(hooks: list[tuple[nn.Module, Any]]) -> Iterator[None]:
 def memory_statistics(
     model: LongContextLM, ids: Tensor, segment_ids: Tensor | None
 ) -> dict[str, Tensor]:
-    """What each layer's memory does with these tokens `[B, T]`, from one pass without dropout.
+    """How each layer's memory behaves on these tokens `[B, T]`, from one pass without dropout.
 
     Returns:
-        By layer, `gate/layer_00`: the mean weight of the window's path beside the state's (1: the
-        state is not used); `time_scale/layer_00`: after how many tokens a state has decayed to
-        1 / e, the geometric mean over heads; `longest_time_scale/layer_00`: of the slowest head.
+        For each layer, `gate/layer_00`: the mean weight of the window path against the state path
+        (1: the state is not used); `time_scale/layer_00`: after how many tokens a state has
+        decayed to 1 / e, the geometric mean over heads; `longest_time_scale/layer_00`: that of the
+        slowest head.
     """
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     def record(layer: int, statistics: Callable[[Tensor], dict[str, Tensor]]) -> Any:
-        # Read in the pass itself: there a sharded model's parameters are whole.
+        # Read during the pass, when the parameters of a sharded model are complete.
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             for name, value in statistics(output).items():
-                found[f"{name}/layer_{layer:02d}"] = value
+                values[f"{name}/layer_{layer:02d}"] = value
 
         return hook
 
     hooks: list[tuple[nn.Module, Any]] = []
-    for i, block in enumerate(model.blocks):
-        for probe in block.mixer.probes():
+    for i, mixer in enumerate(model.mixers()):
+        for probe in mixer.probes():
             hooks.append((probe.module, record(i, probe.statistics)))
     if hooks:
         training = model.training
@@ -56,12 +57,12 @@ def memory_statistics(
         with forward_hooks(hooks):
             model(ids, segment_ids=segment_ids, last_only=True)
         model.train(training)
-    return found
+    return values
 
 
 @torch.no_grad()
 def first_non_finite(model: LongContextLM, batch: dict[str, Tensor], state: Any) -> str:
-    """Where NaN or infinity begins in a pass over this batch, in words."""
+    """Find where NaN or infinity begins in a pass over this batch; returns it in words."""
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not torch.isfinite(local).all():
@@ -85,15 +86,15 @@ def first_non_finite(model: LongContextLM, batch: dict[str, Tensor], state: Any)
 
 
 def kept_activations(config: ModelConfig, length: int, *, checkpointing: bool) -> int:
-    """Bytes that one sequence keeps for its backward pass in float32, found with fake tensors.
+    """Bytes that one sequence keeps for its backward pass in float32, without computing anything.
 
-    On the CPU's backends: kernels on a GPU keep less.
+    It is an upper bound: the backends of the CPU are assumed, and kernels on a GPU keep less.
     """
-    kept: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:
-        # Held, so that no other storage gets its address.
-        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        # The reference keeps the storage alive, so that no other one gets its address.
+        storages[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
     model = LongContextLM(config, device="meta")
@@ -104,5 +105,5 @@ def kept_activations(config: ModelConfig, length: int, *, checkpointing: bool) -
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             model.loss(ids, ids)
         for parameter in model.parameters():
-            kept.pop(parameter.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in kept.values())
+            storages.pop(parameter.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -11,21 +11,20 @@ from torch import Tensor
 
 from longctx_layers import LongContextLM, create_model, detach_state, state_to
 from longctx_layers.data.errors import DataError
+from longctx_layers.data.module import LongContextData
 from longctx_layers.data.trainer_flags import check_end
 from longctx_layers.layers.registry import canonical_name
-from longctx_layers.lm.model import IGNORED_LABEL
-from longctx_layers.training import optimization
-from longctx_layers.training.checkpoints import gather_ranks, packed_tokenizer
-from longctx_layers.training.curriculum import (
-    WindowCurriculum,
-    check_lengths,
-    check_schedule,
-    drawn_length,
-    fold,
-    stage,
-)
+from longctx_layers.lm.loss import IGNORED_LABEL
+from longctx_layers.training.checkpoint_io import gather_ranks
+from longctx_layers.training.checkpoints import packed_tokenizer
+from longctx_layers.training.curriculum import LengthCurriculum, WindowCurriculum, check_schedule
 from longctx_layers.training.hardware import shard
 from longctx_layers.training.inspection import first_non_finite
+from longctx_layers.training.optimization import (
+    OptimizerOptions,
+    gradient_norm,
+    optimizer_class,
+)
 from longctx_layers.training.options import block_options, check_blocks, check_numbers
 from longctx_layers.training.resumption import check_resumption, numeric_options
 
@@ -35,7 +34,11 @@ class NonFiniteError(RuntimeError):
 
 
 class LanguageModel(L.LightningModule):
-    """A causal language model over any of the layers.
+    """A causal language model over any of the layers, to be trained on `LongContextData`.
+
+    >>> from longctx_layers.training import LanguageModel
+    >>> module = LanguageModel(num_params="tiny", block="dpassm", window_size=64)
+    >>> # lightning.Trainer(max_steps=1000).fit(module, datamodule=LongContextData("stdlib"))
 
     Args:
         num_params: Size of the model: tiny (1 M), 3m, 150m, 250m or 350m. The feed-forward
@@ -68,6 +71,15 @@ class LanguageModel(L.LightningModule):
         mixed_lengths: Draw the length of each step among these, [512, 2048, 8192].
         window_curriculum: Window or chunk size by the step from which it holds, {0: 32, 500: 128};
             the last is the model's own.
+
+    Attributes:
+        carried: the layers' state after the last batch, if the data continues there; None before.
+        totals: `[2]`, loss and labels since the last step, summed over all ranks.
+        norm: of the gradients of the last step, before clipping.
+        validated_step: the step whose weights were validated last.
+
+    Raises:
+        ValueError, TypeError: for invalid options.
     """
 
     def __init__(
@@ -98,96 +110,89 @@ class LanguageModel(L.LightningModule):
         window_curriculum: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters()  # into checkpoints
         if block is not None and pattern is not None:
             raise ValueError("block, pattern: expected one of them, got both; leave one out")
         self.names = tuple(canonical_name(name) for name in pattern or [block or "dpassm"])
         self.block_kwargs = block_options(self.names, self.hparams, block_kwargs)
         check_blocks(num_params, self.block_kwargs)
-        optimization.optimizer_class(optimizer)
+        optimizer_class(optimizer)
         check_numbers(self.hparams)
-        check_schedule("length_curriculum", length_curriculum)
+        self.num_params = num_params
+        self.ffn_dim = ffn_dim
+        self.dropout = dropout
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_blocks = compile
+        self.gradient_clip_val = gradient_clip_val
+        self.optimizer_options = OptimizerOptions(
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            gate_learning_rate=gate_learning_rate,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            final_learning_rate=final_learning_rate,
+        )
+        self.lengths = LengthCurriculum(length_curriculum, mixed_lengths)
         check_schedule("window_curriculum", window_curriculum)
-        if length_curriculum is not None and mixed_lengths is not None:
-            raise ValueError("length_curriculum, mixed_lengths: expected one of them, got both")
-        # Not from hparams, where the steps have become strings.
-        self.lengths, self.window_sizes = length_curriculum, window_curriculum
-        self.model: LongContextLM | None = None
+        self.window_sizes = window_curriculum
         self.windows: WindowCurriculum | None = None
         self.seed = torch.initial_seed()
         self.loaded_step = 0
         self.begun: int | None = None  # the step that the last batch belongs to
-        self.carried: Any = None  # the state behind the last batch, where the data go on from it
-        self.totals: Tensor | None = None  # loss and labels since the last step, over all ranks
+        self.carried: Any = None
+        self.totals: Tensor | None = None
         self.validation_totals: Tensor | None = None
-        self.norm: Tensor | None = None  # of the gradients, before clipping
-        self.validated_step: int | None = None  # of the weights that were validated last
+        self.norm: Tensor | None = None
+        self.validated_step: int | None = None
 
     # ---- Building
 
+    @property
+    def model(self) -> LongContextLM:
+        """The language model; the trainer builds it, since it depends on the data's vocabulary."""
+        model = self._modules.get("model")
+        if not isinstance(model, LongContextLM):
+            raise RuntimeError("model: not built yet; the trainer's fit or validate builds it")
+        return model
+
     def check_data(self, length: int, carry_state: bool) -> None:
-        """Whether the curricula fit the data; before any is read.
+        """Check that the curricula fit data with rows of `length` tokens, before any is read.
 
         Raises:
-            ValueError: if a length does not divide the data's, or a carried state is cut apart.
+            ValueError: see `LengthCurriculum.check`.
         """
-        mixed = self.hparams.mixed_lengths
-        lengths = list((self.lengths or {}).values()) if mixed is None else mixed
-        if mixed is None and self.lengths is None:
-            return
-        name = "length_curriculum" if mixed is None else "mixed_lengths"
-        check_lengths(name, lengths, length)
-        if carry_state:
-            raise ValueError(
-                f"{name}: expected data whose rows are apart, got --data.carry_state=True, where "
-                "each batch goes on from the one before; leave one of them out"
-            )
+        self.lengths.check(length, carry_state)
 
     def configure_model(self) -> None:
-        """Build the model, for the data's vocabulary; the same weights whatever came before."""
-        if self.model is not None:
+        """Build the model for the data's vocabulary; its weights depend on the seed alone."""
+        if "model" in self._modules:
             return
         torch.manual_seed(self.seed)
-        self.model = create_model(
-            self.trainer.datamodule.vocab_size,
-            num_params=self.hparams.num_params,
+        model = create_model(
+            LongContextData.of(self.trainer).vocab_size,
+            num_params=self.num_params,
             pattern=self.names,
             block_kwargs=self.block_kwargs,
-            ffn_dim=self.hparams.ffn_dim,
-            dropout=self.hparams.dropout,
-            gradient_checkpointing=self.hparams.gradient_checkpointing,
+            ffn_dim=self.ffn_dim,
+            dropout=self.dropout,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
         if self.window_sizes is not None:
-            self.windows = WindowCurriculum(self.model, self.window_sizes)
-        if self.hparams.compile:
-            for block in self.model.blocks:
-                block.compile()  # in place: names of parameters stay as they are
+            self.windows = WindowCurriculum(model, self.window_sizes)
+        if self.compile_blocks:
+            for block in model.blocks:
+                block.compile()  # in place: the names of parameters do not change
         if self.device_mesh is not None:
-            shard(self.model, self.device_mesh["data_parallel"])
+            shard(model, self.device_mesh["data_parallel"])
+        self._modules["model"] = model
 
     def configure_optimizers(self) -> Any:
-        """AdamW or another, its groups, and the schedule."""
-        options = self.hparams
-        gate_rate = options.gate_learning_rate
-        groups = optimization.parameter_groups(
-            self.model,
-            learning_rate=options.learning_rate,
-            gate_learning_rate=2 * options.learning_rate if gate_rate is None else gate_rate,
-            weight_decay=options.weight_decay,
-        )
-        # A fused step unscales gradients by itself, and so leaves none to clip.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        optimizer = optimization.build_optimizer(options.optimizer, groups, fused=not scaled)
-        check_end(self.trainer, self.trainer.datamodule.streaming)
-        total = self.trainer.estimated_stepping_batches
-        warmup = options.warmup_steps
-        if warmup is None:
-            warmup = min(2000, int(total) // 20)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: optimization.warmup_cosine(
-                step, warmup=warmup, total=int(total), final=options.final_learning_rate
-            ),
+        """The optimizer with its groups, and the schedule of the learning rate."""
+        # A fused step unscales gradients by itself, so that they could not be clipped before.
+        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        check_end(self.trainer, LongContextData.of(self.trainer).streaming)
+        optimizer, schedule = self.optimizer_options.build(
+            self.model, int(self.trainer.estimated_stepping_batches), fused=not scales
         )
         return {
             "optimizer": optimizer,
@@ -198,36 +203,32 @@ class LanguageModel(L.LightningModule):
 
     @property
     def within_step(self) -> bool:
-        """Whether batches were taken whose gradients the optimizer has not seen yet."""
+        """Whether gradients of some batches wait for the optimizer's next step."""
         return self.begun == self.global_step
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed random numbers, and drop a carried state that must not be continued."""
         self.begun = self.global_step
-        # Randomness is a function of the place in the run alone: a resumed run, which has done
-        # other things before, draws the same.
+        # Random numbers depend on the place in the run alone, so that a resumed run draws the same.
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(random.Random(f"batch {place}").getrandbits(63))
-        if self.trainer.datamodule.begins_pass:
+        if LongContextData.of(self.trainer).begins_pass:
             self.carried = None
         if self.windows is not None and self.windows.set(self.global_step):
-            self.carried = None  # its cache is as long as the window was
+            self.carried = None  # its cache is as long as the old window
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch: the sum over its labels, by the number of its tokens.
+        """Loss of a batch: the sum over its labels, divided by the number of its tokens.
 
-        Not by the number of its labels, which differs between ranks and accumulated batches: so
-        that every label of the whole step has the same weight.
+        Not by the number of its labels: it differs between ranks and accumulated batches, and every
+        label of a step should have the same weight.
         """
-        step, mixed = self.global_step, self.hparams.mixed_lengths
-        if self.lengths is not None:
-            batch = fold(batch, stage(self.lengths, step))
-        elif mixed is not None:
-            batch = fold(batch, drawn_length(mixed, self.seed, step))
-        carries = self.trainer.datamodule.carry_state
+        batch = self.lengths.apply(batch, self.global_step, self.seed)
+        carries = LongContextData.of(self.trainer).carry_state
         state = None
         if carries and self.carried is not None:
             state = state_to(self.carried, self.device)
-        loss, after = self.model.loss(
+        loss, new_state = self.model.loss(
             batch["ids"],
             batch["labels"],
             state,
@@ -240,7 +241,7 @@ class LanguageModel(L.LightningModule):
             where = first_non_finite(self.model, batch, state)
             self.stop(f"the loss is {(totals[0] / totals[1]).item()}: {where}")
         self.totals = totals if self.totals is None else self.totals + totals
-        self.carried = detach_state(after) if carries else None
+        self.carried = detach_state(new_state) if carries else None
         return loss / batch["ids"].numel()
 
     def configure_gradient_clipping(
@@ -249,28 +250,31 @@ class LanguageModel(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure the gradients' norm, and clip it."""
-        norm = self.norm = optimization.gradient_norm(self.model)
+        """Measure the norm of the gradients, and clip them."""
+        self.norm = gradient_norm(self.model)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None and not torch.isfinite(norm):  # a scaler itself skips such a step
+        # A scaler skips a step with infinite gradients by itself.
+        if scaler is None and not torch.isfinite(self.norm):
             names = [
                 name
                 for name, parameter in self.model.named_parameters()
                 if parameter.grad is not None and not torch.isfinite(parameter.grad.sum())
             ]
-            self.stop(f"the gradient's norm is {norm.item()}, first that of {(names or ['?'])[-1]}")
-        limit = self.hparams.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+            self.stop(
+                f"the gradient's norm is {self.norm.item()}, first that of {(names or ['?'])[-1]}"
+            )
+        limit = self.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(self.model.parameters(), limit)
         elif limit:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, self.norm)
 
-    def stop(self, what: str) -> None:
-        """End the run with what is wrong and from where to go on."""
+    def stop(self, problem: str) -> NoReturn:
+        """Raise NonFiniteError with the problem and the checkpoint to resume from."""
         raise NonFiniteError(
-            f"step {self.global_step}: {what}. Last good checkpoint: "
+            f"step {self.global_step}: {problem}. Last good checkpoint: "
             f"{self.last_checkpoint() or 'none was written yet'}. Resume from it with --ckpt_path "
-            "and other data (--data.seed), or begin anew with a smaller --model.learning_rate or "
+            "and other data (--data.seed), or start again with a smaller --model.learning_rate or "
             "--model.gradient_clip_val, or a longer --model.warmup_steps"
         )
 
@@ -282,6 +286,7 @@ class LanguageModel(L.LightningModule):
     # ---- Validation
 
     def on_validation_epoch_start(self) -> None:
+        """Start to add up losses."""
         self.validation_totals = torch.zeros(2, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -289,41 +294,48 @@ class LanguageModel(L.LightningModule):
         loss = self.model.loss(
             batch["ids"], batch["labels"], segment_ids=batch["segment_ids"], reduction="sum"
         )
+        assert self.validation_totals is not None
         self.validation_totals += self.over_ranks(loss, batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
-        if not self.validation_totals[1]:
+        """Log loss and perplexity."""
+        assert self.validation_totals is not None
+        total, labels = self.validation_totals
+        if not labels:
             raise DataError(
                 "--trainer.limit_val_batches: expected validation batches with tokens to predict, "
                 "these have none; take more batches, or other documents"
             )
-        loss = self.validation_totals[0] / self.validation_totals[1]
+        loss = total / labels
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
         if not self.trainer.sanity_checking:
             self.validated_step = self.trained_steps
-        # Lightning would log them under the step before, and without training under 0.
+        # By default, Lightning would log them under the previous step, or 0 without training.
         self.log("step", float(self.trained_steps))
 
     @property
     def trained_steps(self) -> int:
-        """Optimizer steps of the weights, which a trainer that only validates does not count."""
+        """Optimizer steps of the weights, also of loaded weights that are only validated."""
         return max(self.global_step, self.loaded_step)
 
     def over_ranks(self, loss: Tensor, labels: Tensor) -> Tensor:
         """`[2]`: the summed loss and the number of labels, of all ranks."""
-        counted = (labels != IGNORED_LABEL).sum().to(loss.dtype)
-        totals = torch.stack([loss.detach(), counted])
-        return self.trainer.strategy.reduce(totals, reduce_op="sum")
+        n_labels = (labels != IGNORED_LABEL).sum().to(loss.dtype)
+        totals = torch.stack([loss.detach(), n_labels])
+        reduced = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     # ---- Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the model is made of, the tokenizer, the seed and every rank's state."""
+        """Add the model's configuration, the tokenizer, the seed and every rank's state."""
+        tokenizer = LongContextData.of(self.trainer).tokenizer
         checkpoint["longctx"] = {
             "config": self.model.config.to_dict(),
-            "tokenizer": packed_tokenizer(self.trainer.datamodule.tokenizer),
-            "tokenizer_fingerprint": self.trainer.datamodule.tokenizer.fingerprint,
-            **numeric_options(self.trainer),
+            "tokenizer": packed_tokenizer(tokenizer),
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            **numeric_options(self.trainer, self.gradient_clip_val),
             "seed": self.seed,
             "carried": gather_ranks(self.carried),
             "window": self.windows.now if self.windows is not None else None,
@@ -331,15 +343,30 @@ class LanguageModel(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the seed and this rank's state; before the weights.
+        """Restore the seed and this rank's state, before the weights are loaded.
 
         Raises:
-            ResumptionError: if the run cannot go on from it, see `check_resumption`.
+            ResumptionError: if the run cannot be resumed from it, see `check_resumption`.
         """
         saved = checkpoint["longctx"]
-        check_resumption(checkpoint, self.trainer)
-        self.seed, self.loaded_step = saved["seed"], checkpoint["global_step"]
+        check_resumption(checkpoint, self.trainer, self.gradient_clip_val)
+        self.seed = saved["seed"]
+        self.loaded_step = checkpoint["global_step"]
         if len(saved["carried"]) == self.trainer.world_size:
             self.carried = saved["carried"][self.global_rank]
         if self.windows is not None and saved["window"] is not None:
-            self.windows.resize(saved["window"])  # the carried state's
+            self.windows.resize(saved["window"])  # that of the carried state
+
+
+def language_model(module: L.LightningModule) -> LanguageModel:
+    """A module as a `LanguageModel`, for callbacks that need one.
+
+    Raises:
+        TypeError: if it is another module.
+    """
+    if not isinstance(module, LanguageModel):
+        raise TypeError(
+            f"callback: expected a LanguageModel, got {type(module).__name__}; Monitor and "
+            "Checkpoints work with the modules of longctx_layers.training only"
+        )
+    return module

@@ -1,4 +1,4 @@
-"""Train a language model over any of the layers.
+"""The training program, to be started as a module.
 
     python -m longctx_layers.training.train fit --model.block=dpassm --data.dataset_name=stdlib
 

@@ -1,1 +1,1 @@
-"""What decoders built from these layers understand of the calls that transformers makes."""
+"""Interpret the arguments that transformers passes to a decoder; shared by `hf` and `convert`."""

@@ -1,4 +1,4 @@
-"""Which arguments of a call are understood. Any other is refused: never swallowed."""
+"""Check the arguments that transformers passes to a decoder: unknown ones raise an error."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import torch
 import transformers
 from transformers import GenerationMixin
 
-# The name of a cache among arguments and outputs: transformers renamed it in 5.24.
+from longctx_layers.command_line import closest
+
+# The name of the cache in arguments and outputs, which transformers 5.24 changed.
 _arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_NAME = "cache" if "cache" in _arguments else "past_key_values"
 
-# What transformers or a data collator may pass to any decoder, and layers without masks, tables of
-# positions and token types have no need of. Llama ignores these as well.
+# Arguments that transformers or a data collator may pass to any decoder and that can be ignored
+# here, as these layers use no mask, position table or token types. Llama ignores them too.
 HARMLESS = frozenset(
     {
-        "cache_position",  # of early versions of transformers 5; a state knows where it is
-        "token_type_ids",  # of tokenizers that mark pairs of texts
-        # Beside cu_seq_lens_q, which says the same.
+        "cache_position",  # early versions of transformers 5; the state knows its position
+        "token_type_ids",  # from tokenizers that mark pairs of texts
+        # The same information as in cu_seq_lens_q.
         "cu_seq_lens_k",
         "max_length_q",
         "max_length_k",
@@ -28,30 +30,36 @@ HARMLESS = frozenset(
 )
 
 
-def expect_known(where: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise TypeError for an argument that is neither known nor harmless, nor None or False."""
-    for name, value in given.items():
+def expect_known(where: str, arguments: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise TypeError for an unknown argument of a call, unless it can be ignored.
+
+    Args:
+        where: the called module, for the error message.
+        arguments: the arguments by name. Values of None and False are always accepted.
+        known: names that the caller reads itself.
+    """
+    for name, value in arguments.items():
         if name in known or name in HARMLESS or value is None or value is False:
             continue
         shape = f" {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
         raise TypeError(
-            f"{where}: expected only arguments that it knows, got {name} (a "
-            f"{type(value).__name__}{shape}), with transformers {transformers.__version__}; check "
-            "the spelling, or leave it out. If transformers itself passes it, this version is "
-            "newer than this library knows: install an older one"
+            f"{where}: unknown argument {name} (a {type(value).__name__}{shape})"
+            f"{closest(name, known)}; correct it or leave it out. If transformers "
+            f"{transformers.__version__} itself passes it, that version is too new for this "
+            "library: install an older one"
         )
 
 
-def given_cache(where: str, arguments: Mapping[str, Any]) -> Any:
-    """The cache among a call's arguments, by either of the names that transformers has for it.
+def cache_argument(where: str, arguments: Mapping[str, Any]) -> Any:
+    """Return the cache from a call's arguments, under its old or its new name; None without one.
 
     Raises:
-        ValueError: for two different ones.
+        ValueError: if the two names hold different caches.
     """
     old, new = arguments.get("past_key_values"), arguments.get("cache")
     if old is not None and new is not None and old is not new:
         raise ValueError(
-            f"{where}: expected one cache, got two, as past_key_values and as cache (their names "
-            "before and since transformers 5.24); leave one out"
+            f"{where}: expected one cache, got two, as past_key_values and as cache (the names "
+            "before and since transformers 5.24); pass only one of them"
         )
     return old if new is None else new

@@ -1,11 +1,12 @@
-"""The proofs: a run costs nothing twice, and the page says what was measured and nothing else."""
+"""The memory experiments: no run is repeated, and the page has what was measured and no more."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from benchmarks.memory import results as proofs
+from benchmarks.memory import results as program
 from benchmarks.memory.plan import BLOCKS, PAIRS, Depths, Drift, Run, plan
 from benchmarks.memory.report import write_report
 from benchmarks.memory.results import carry_out, main, result_path
@@ -23,7 +24,7 @@ def somewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Few sequences of a length."""
-    monkeypatch.setattr(proofs, "MOST", 2)
+    monkeypatch.setattr(program, "MOST_SEQUENCES", 2)
 
 
 def small_plan(seeds):
@@ -36,7 +37,7 @@ def small_plan(seeds):
 
 
 def test_runs_are_kept_and_the_page_is_written(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(proofs, "plan", small_plan)
+    monkeypatch.setattr(program, "plan", small_plan)
     main(["--seeds", "0", "--publish"])
     files = {path.stem: path for path in (tmp_path / "reports/proofs/runs").iterdir()}
     assert set(files) == {
@@ -57,65 +58,65 @@ def test_runs_are_kept_and_the_page_is_written(few, tmp_path, monkeypatch):
     assert "dpassm at 256 tokens, at least 99%: missed (" in page
     assert "blade at 4,096 tokens, at least 95%: not measured yet" in page
     assert "(../reports/proofs/passkey_by_length.png)" in page
-    assert "| told at 0% | told at 25% |" in page
+    assert "| value at 0% | value at 25% |" in page
     assert "| first layer's exchanged |" in page
     for name in ("passkey_by_length.png", "mqar_by_state.png"):
         assert (tmp_path / "reports/proofs" / name).read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(proofs, "carry_out", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr(program, "carry_out", lambda *_: pytest.fail("done again"))
     main(["--seeds", "0", "--publish"])
     assert (tmp_path / "docs/results.md").read_text() == page
 
 
 def test_committed_results_are_left_alone_by_default(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(proofs, "plan", lambda seeds: small_plan(seeds)[:1])
+    monkeypatch.setattr(program, "plan", lambda seeds: small_plan(seeds)[:1])
     main(["--seeds", "0"])
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "logs"}
     page = (tmp_path / "runs/proofs/results.md").read_text()
-    assert "results in `runs/proofs/runs`" in page
+    assert "results in\n`runs/proofs/runs`" in page
     assert "[evaluation.md](../../docs/evaluation.md)" in page
     assert "(./passkey_by_length.png)" in page
     assert (tmp_path / "runs/proofs/passkey_by_length.png").is_file()
 
 
 def test_time_limit_stops_before_a_run(monkeypatch, capsys):
-    monkeypatch.setattr(proofs, "plan", small_plan)
-    monkeypatch.setattr(proofs, "carry_out", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr(program, "plan", small_plan)
+    monkeypatch.setattr(program, "carry_out", lambda *_: pytest.fail("begun"))
     main(["--seeds", "0", "--minutes", "0"])
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
 
 
 def test_changed_runs_are_done_again(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(proofs, "plan", lambda seeds: small_plan(seeds)[:1])
+    monkeypatch.setattr(program, "plan", lambda seeds: small_plan(seeds)[:1])
     main(["--seeds", "0"])
     path = tmp_path / "runs/proofs/runs/passkey-dpassm-0.json"
     first = json.loads(path.read_text())["key"]
     longer = Recipe(steps=3, length=256, tokens=256, longest=1)
     changed = Run("passkey", "dpassm", 0, longer, (256,))
-    monkeypatch.setattr(proofs, "plan", lambda seeds: [changed])
+    monkeypatch.setattr(program, "plan", lambda seeds: [changed])
     main(["--seeds", "0"])
     assert json.loads(path.read_text())["key"] == changed.key != first
 
 
 def test_plan_shows_what_it_must():
     runs = plan()
-    assert len({result_path(proofs.Path(), run) for run in runs}) == len(runs)
+    assert len({result_path(program.Path(), run) for run in runs}) == len(runs)
     assert len({run.key for run in runs}) == len(runs)
-    for proof in ("passkey", "copy_recall"):
+    for experiment in ("passkey", "copy_recall"):
         for name in ("dpassm", "blade"):
-            found = [r for r in runs if (r.proof, r.name) == (proof, name)]
+            found = [r for r in runs if (r.experiment, r.name) == (experiment, name)]
             assert [r.seed for r in found] == [0, 1, 2]
             assert max(max(r.lengths) for r in found) >= 16 * 256
-    assert max(max(r.lengths) for r in runs if r.proof == "passkey") == 128 * 256
+    assert max(max(r.lengths) for r in runs if r.experiment == "passkey") == 128 * 256
     published = {"vanilla", "window", "dpassm", "blade", "baseline_longformer", "baseline_bigbird"}
-    assert {r.block for r in runs if r.proof == "passkey"} == published
-    assert {r.block for r in runs if r.proof == "mqar"} == published
-    first = {(r.proof, r.name): i for i, r in reversed(list(enumerate(runs))) if r.seed == 0}
+    assert {r.block for r in runs if r.experiment == "passkey"} == published
+    assert {r.block for r in runs if r.experiment == "mqar"} == published
+    first = {(r.experiment, r.name): i for i, r in reversed(list(enumerate(runs))) if r.seed == 0}
     for i, run in enumerate(runs):
-        assert i >= first[run.proof, run.name], "a later seed comes before the first"
+        assert i >= first[run.experiment, run.name], "a later seed comes before the first"
 
 
 def test_full_attention_is_asked_as_it_is_measured_behind_easier_sequences():
-    (passkey,) = (r for r in plan([0]) if (r.proof, r.name) == ("passkey", "vanilla"))
+    (passkey,) = (r for r in plan([0]) if (r.experiment, r.name) == ("passkey", "vanilla"))
     easier, measured = passkey.stages()
     assert easier["tasks"][0].distance < measured["tasks"][0].distance
     assert measured["extra_questions"] == 0
@@ -123,14 +124,23 @@ def test_full_attention_is_asked_as_it_is_measured_behind_easier_sequences():
     assert task == measured["tasks"][0]
 
 
-def result(name, seed, *accuracies, proof="passkey", **more):
+def result(name, seed, *accuracies, experiment="passkey", **more):
     rows = [
         {"length": 256 * 4**i, "accuracy": accuracy, "low": 0, "high": 1, "state_bytes": 1000,
          "accuracy_state_zeroed": 0.03 if name in ("dpassm", "blade") else None, "pairs": 8}
         for i, accuracy in enumerate(accuracies)
     ]  # fmt: skip
-    return {"proof": proof, "name": name, "seed": seed, "key": "", "machine": "a machine",
+    return {"experiment": experiment, "name": name, "seed": seed, "key": "", "machine": "a machine",
             "parameters": 128_000, "steps": 10, "rows": rows, **more}  # fmt: skip
+
+
+def test_committed_results_are_still_those_of_the_plan():
+    stored = {}
+    for path in (Path(__file__).parents[2] / "reports/proofs/runs").glob("*.json"):
+        stored[path.name] = json.loads(path.read_text())["key"]
+    planned = {result_path(Path(), run).name: run.key for run in plan()}
+    assert stored.items() <= planned.items()
+    assert len(stored) > 80
 
 
 def test_page_prints_every_seed_and_judges_the_median(tmp_path):
@@ -158,7 +168,7 @@ def test_page_prints_every_seed_and_judges_the_median(tmp_path):
 @pytest.mark.parametrize("block", ["dpassm", "blade"])
 def test_passkey_is_remembered_by_the_state_and_by_nothing_else(block, tmp_path):
     def rows(name, lengths):
-        (run,) = (r for r in plan([0]) if (r.proof, r.name) == ("passkey", name))
+        (run,) = (r for r in plan([0]) if (r.experiment, r.name) == ("passkey", name))
         found = carry_out(replace(run, lengths=lengths), tmp_path / "logs")
         return {row["length"]: row for row in found["rows"]}
 

@@ -1,4 +1,4 @@
-"""Converted models compute what the original does, with a window, and keep transformers' habits."""
+"""Converted models compute the same as the original with a window, and work with transformers."""
 
 from copy import deepcopy
 
@@ -10,15 +10,17 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 pytest.importorskip("transformers", reason="needs the extra `hf`")
-from support.pretrained_models import FAMILIES, exact, pretrained, with_window
-from transformers import AutoModelForCausalLM, DynamicCache
+from support.pretrained_models import FAMILIES as PRETRAINED
+from support.pretrained_models import WIDE, exact, pretrained, with_window
+from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config
 
 from longctx_layers.convert import ConvertedAttention, convert_attention, load_converted
+from longctx_layers.convert.families import FAMILIES, Family, Projections
 from longctx_layers.hf import LongCtxCache
 from longctx_layers.testing import MemoryMeter, assert_within_budget, parameter_dtypes, rates
 
 WINDOW = 12
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
+FAMILY = pytest.mark.parametrize("family", PRETRAINED)
 LAYERS = pytest.mark.parametrize("layers", [None, [0, -1]], ids=["all", "two"])
 OPTIONS = {"window_size": WINDOW, "ssm_state_dim": 4}
 
@@ -28,12 +30,12 @@ def ids_of(batch, length):
 
 
 def converted(model, block_type="dpassm", **options):
-    """A converted copy, in which the state path has a say where it is asked for."""
+    """Convert a copy of a model."""
     return convert_attention(deepcopy(model), block_type, **{**OPTIONS, **options})
 
 
 def awake(model):
-    """The state's norms get scales other than 0, as training gives them."""
+    """Give the state-space path a nonzero scale, as training does."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm_s.weight"):
@@ -52,7 +54,7 @@ def assert_same(actual, reference, oracle, mask=None):
     assert_within_budget(actual[real], reference[real], oracle[real])
 
 
-# ---- The same as the original
+# ---- Equality with the original
 
 
 @FAMILY
@@ -119,7 +121,7 @@ def test_other_blocks_equal_the_original_too(block_type):
 @LAYERS
 @torch.no_grad()
 def test_attention_implementations(family, layers):
-    """What the layers that keep their attention run on is their own affair."""
+    """Unconverted layers may use any attention implementation."""
     original, ids = pretrained(family), ids_of(3, WINDOW)
     original.set_attn_implementation("eager")
     mask, model = left_padded(ids), converted(original, layers=layers)
@@ -166,9 +168,12 @@ def test_pieces_with_a_cache_equal_one_call(family, layers):
         end = begin + size
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, begin:end]
         out = model(
-            ids[:, begin:end], attention_mask=mask[:, :end], position_ids=position_ids,
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
+            ids[:, begin:end],
+            attention_mask=mask[:, :end],
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
         pieces.append(out.logits)
         begin = end
     assert cache.get_seq_length() == 40
@@ -226,7 +231,7 @@ def test_cache_has_a_constant_size():
 
 @torch.no_grad()
 def test_cache_rows():
-    """Repeated, chosen and reset, as contrastive search and its like do."""
+    """Rows are repeated, selected and reset, as in contrastive search."""
     model, ids = awake(converted(pretrained("llama"))), ids_of(2, 20)
     cache = model(ids, use_cache=True).past_key_values
     cache.batch_repeat_interleave(2)
@@ -254,7 +259,7 @@ def test_no_tensor_grows_with_the_square_of_the_length():
 
 
 @torch.no_grad()
-def test_packed_rows_are_apart():
+def test_packed_rows_are_separate():
     model, parts = awake(converted(pretrained("mistral"))), [ids_of(1, n) for n in (7, 20, 5)]
     positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
     packed = model(torch.cat(parts, 1), position_ids=positions, use_cache=False).logits
@@ -276,7 +281,7 @@ def test_gradient_checkpointing(layers):
 
 @pytest.mark.parametrize("first", ["convert", "adapt"])
 def test_lora(first):
-    """Adapters on a converted model, and a conversion that keeps adapters."""
+    """Adapters added to a converted model, and adapters that a conversion keeps."""
     peft = pytest.importorskip("peft", reason="needs the package peft")
     model, ids = pretrained("llama"), ids_of(2, 30)
     lora = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -340,7 +345,7 @@ def test_saved_and_loaded(family, tmp_path):
     assert parameter_dtypes(half) == ({torch.float32}, {torch.bfloat16})
     exact_rates = rates(loaded).values()
     assert all(torch.equal(*pair) for pair in zip(rates(half).values(), exact_rates, strict=True))
-    # And once more, from what was loaded.
+    # And again, from the loaded model.
     loaded.save_pretrained(tmp_path / "again")
     again = load_converted(tmp_path / "again")
     assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
@@ -375,7 +380,7 @@ def test_loading_with_information_and_of_foreign_classes(tmp_path):
     assert not info["missing_keys"]
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "MyLlama"))
-    with pytest.raises(ValueError, match="expected a model class of transformers, found 'MyLlama'"):
+    with pytest.raises(ValueError, match="expected a model class of transformers, got 'MyLlama'"):
         load_converted(tmp_path)
     model.save_pretrained(tmp_path / "within")
     ids = ids_of(1, 9)
@@ -387,8 +392,8 @@ def test_loading_with_information_and_of_foreign_classes(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "seq_idx", "segment_ids"])
 @torch.no_grad()
-def test_documents_are_apart_however_they_are_told(given, family, layers):
-    """Also with the cache that transformers makes unasked, and in layers that kept theirs."""
+def test_documents_are_separate_however_they_are_marked(given, family, layers):
+    """Also with the cache that transformers creates by default, and in unconverted layers."""
     original, ids = pretrained(family), ids_of(1, 12)
     model = converted(original, layers=layers)
     told = {
@@ -402,7 +407,7 @@ def test_documents_are_apart_however_they_are_told(given, family, layers):
     call = {given: told[given]}
     assert_same(model(ids, **call).logits, *apart)
     if given == "position_ids":
-        return  # beside a mask or a cache they are not heeded, as in transformers
+        return  # with a mask or a cache, positions do not separate documents, as in transformers
     for more in ({"attention_mask": torch.ones_like(ids)}, {"past_key_values": DynamicCache()}):
         if layers is None:
             assert_same(model(ids, **call, **more).logits, *apart)
@@ -413,7 +418,7 @@ def test_documents_are_apart_however_they_are_told(given, family, layers):
 
 @FAMILY
 @torch.no_grad()
-def test_masks_wider_than_the_call_are_cut_behind_it(family):
+def test_masks_wider_than_the_call_are_truncated(family):
     model, ids = converted(pretrained(family)), ids_of(2, 20)
     wide = F.pad(left_padded(ids), (0, 4))
     whole = model(ids, attention_mask=wide, use_cache=False).logits
@@ -425,15 +430,26 @@ def test_masks_wider_than_the_call_are_cut_behind_it(family):
 
 def test_loading_a_folder_without_a_record(tmp_path):
     pretrained("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected a config with 'longctx_attention'"):
+    with pytest.raises(
+        ValueError,
+        match="expected the config of a converted model, with the field 'longctx_attention'",
+    ):
         load_converted(tmp_path)
 
 
-# ---- What is refused
+# ---- Errors
 
 REFUSED = {
-    "unknown option": ({}, {"windowsize": 4}, r"options of 'dpassm' out of .*\['windowsize'\]"),
-    "what the model decides": ({}, {"rope_base": 1e4}, "pretrained model's affair"),
+    "unknown option": (
+        {},
+        {"windowsize": 4},
+        r"unknown options \['windowsize'\] of 'dpassm'.* did you mean 'window_size'",
+    ),
+    "what the model decides": (
+        {},
+        {"rope_base": 1e4},
+        r"\[\'rope_base\'\] are taken from the pretrained model and cannot be set",
+    ),
     "unknown layer": ({}, {"block_type": "mamba"}, "unknown layer 'mamba'; the layers are"),
     "index": ({}, {"layers": [0, 3]}, r"indices in \[-3, 3\)"),
     "twice the same": ({}, {"layers": [0, -3]}, "different indices"),
@@ -442,7 +458,7 @@ REFUSED = {
     "scaled rotary embedding": (
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
         {},
-        "expected rotary embedding of type 'default', 'linear' or 'llama3', got 'yarn'",
+        "expected a rotary embedding of type 'default', 'linear' or 'llama3', got 'yarn'",
     ),
     "dropout": ({"attention_dropout": 0.1}, {}, "pass dropout="),
 }
@@ -481,7 +497,7 @@ def test_projections_that_are_taken_apart_have_no_hooks_to_lose():
 
 
 def test_refused_models():
-    with pytest.raises(ValueError, match="expected one decoder out of"):
+    with pytest.raises(ValueError, match="expected a model with exactly one decoder of"):
         convert_attention(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="cross-attention"):
         convert_attention(pretrained("gpt2", add_cross_attention=True))
@@ -496,21 +512,24 @@ def test_refused_calls():
     original, ids = pretrained("llama"), ids_of(1, 8)
     filled = original(ids, use_cache=True).past_key_values
     model = converted(original)
-    with pytest.raises(ValueError, match="before its conversion"):
+    with pytest.raises(ValueError, match="tokens from before its conversion"):
         model(ids, past_key_values=filled)
     with pytest.raises(ValueError, match=r"attention_mask: expected \[B, length\]"):
         model(ids, attention_mask=torch.ones(1, 1, 8, 8))
     with pytest.raises(ValueError, match="output_attentions: expected False"):
         model(ids, output_attentions=True)
-    with pytest.raises((ValueError, TypeError), match="leave cache_implementation out"):
+    with pytest.raises(
+        (ValueError, TypeError),
+        match="do not set cache_implementation",
+    ):
         generations(model, ids, cache_implementation="static")
     with pytest.raises(TypeError, match="expected a Cache of transformers"):
         model.model.layers[0].self_attn(torch.zeros(1, 1, 32), past_key_values=())
-    with pytest.raises(TypeError, match="without a place for layer 0"):
+    with pytest.raises(TypeError, match="without an entry for layer 0"):
         model(ids, past_key_values=LongCtxCache())
     cache = model(ids, use_cache=True).past_key_values
     cache.crop(0)
-    with pytest.raises(ValueError, match="state cannot go back"):
+    with pytest.raises(ValueError, match="state cannot be rewound"):
         cache.crop(-1)
     again = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="cu_seq_lens_q: expected an empty cache, got one with 8"):
@@ -520,7 +539,7 @@ def test_refused_calls():
 
 
 def test_sliding_layers_of_the_original_are_kept_within_theirs():
-    """Qwen's hybrids: windows in some layers, full attention in the others."""
+    """Qwen's hybrid models have windows in some layers and full attention in the others."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     options = {"use_sliding_window": True, "sliding_window": 7, "layer_types": kinds}
     original, ids = pretrained("qwen2", **options), ids_of(2, 30)
@@ -533,12 +552,34 @@ def test_sliding_layers_of_the_original_are_kept_within_theirs():
     assert_close(generations(model, ids, new=5, do_sample=False), expected, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_a_family_with_fused_projections_is_one_entry(monkeypatch):
+    def split(attention):
+        d, groups = attention.head_dim, attention.num_key_value_groups
+        heads = groups * attention.num_key_value_heads
+        sizes = [d * heads, d * attention.num_key_value_heads, d * attention.num_key_value_heads]
+        weights = attention.qkv_proj.weight.split(sizes)
+        parts = [nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights]
+        for part, weight in zip(parts, weights, strict=True):
+            part.weight.copy_(weight)
+        return Projections(*parts, attention.o_proj)
+
+    monkeypatch.setitem(FAMILIES, "Phi3Model", Family(split=split))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        original = AutoModelForCausalLM.from_config(Phi3Config(**WIDE, pad_token_id=0)).eval()
+    ids = ids_of(3, WINDOW)
+    model = converted(original)
+    assert isinstance(model.model.layers[0].self_attn, ConvertedAttention)
+    assert_same(*[m(ids).logits for m in (model, original, exact(original))])
+
+
 def test_a_decoder_alone_is_converted_too():
     model, ids = pretrained("llama").model, ids_of(2, 9)
     mask = left_padded(ids)
     expected = model(ids, attention_mask=mask).last_hidden_state
     convert_attention(model, **OPTIONS)
-    actual = model(ids, mask).last_hidden_state  # by position, too
+    actual = model(ids, mask).last_hidden_state  # the mask as a positional argument
     assert_close(actual[mask.bool()], expected[mask.bool()])
 
 

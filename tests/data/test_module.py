@@ -53,7 +53,7 @@ def lengths_of_segments(loader, of_lanes=False):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 8, "max_seq_len": 9}, "one option with two names, got 8 and 9"),
+        ({"seq_len": 8, "max_seq_len": 9}, "two names of one option, got 8 and 9"),
         ({"seq_len": 0}, "seq_len: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"num_workers": -1}, "num_workers: expected at least 0"),
@@ -90,7 +90,7 @@ def test_persistent_workers_without_workers():
 
 
 def test_tokenizer_is_known_after_setup(make):
-    with pytest.raises(RuntimeError, match="after setup"):
+    with pytest.raises(RuntimeError, match="not known yet; call prepare_data"):
         make(ready=False).vocab_size  # noqa: B018
     assert make().vocab_size == 257
 
@@ -144,7 +144,7 @@ def test_validation_is_the_same_every_time(make):
 def test_prepared_data_are_reused(make, monkeypatch):
     first = make(tokenizer="bpe:300")
     never = lambda *a, **k: pytest.fail("prepared again")  # noqa: E731
-    monkeypatch.setattr("longctx_layers.data.module.train_bpe", never)
+    monkeypatch.setattr("longctx_layers.data.preparation.train_bpe", never)
     monkeypatch.setattr("longctx_layers.data.tokenizers.HuggingFaceTokenizer.encode_batch", never)
     again = make(tokenizer="bpe:300")
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint

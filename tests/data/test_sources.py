@@ -130,7 +130,7 @@ def test_json_lines_and_parquet(tmp_path):
     parquet(tmp_path / "folder/1.parquet", rows[:1])
     parquet(tmp_path / "folder/2.parquet", rows[1:])
     (tmp_path / "folder/README.md").write_text("about")
-    with pytest.warns(UserWarning, match=r"1 files beside the data are not read \(README.md\)"):
+    with pytest.warns(UserWarning, match=r"text next to the data is not read \(README.md\)"):
         assert local_texts(tmp_path / "folder") == rows
     (tmp_path / "folder/3.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="found both json and parquet"):

@@ -79,7 +79,7 @@ def test_damaged_files_are_noticed(damaged, left, tmp_path):
         # The last byte of the facts is the end of a line.
         less = 2 if damaged == "store.json" else 1
         os.truncate(path, {"one less": size - less, "half": size // 2, "none": 0}[left])
-    with pytest.raises(ValueError, match="expected whole tokenised data in .*remove that folder"):
+    with pytest.raises(ValueError, match="expected complete tokenised data .*remove that folder"):
         prepare(tmp_path / "tokens", [], [], ByteTokenizer())
 
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx_layers.data.keys import digest
 from longctx_layers.data.loader import Position, Progress
 from longctx_layers.data.packing import IGNORED_LABEL, Shape
 from longctx_layers.data.sources import from_generator
-from longctx_layers.data.store import digest
 from longctx_layers.data.streaming import StreamedLoader, StreamedRows, merged, of_all_processes
 from longctx_layers.data.tokenizers import ByteTokenizer
 
@@ -46,7 +46,7 @@ def same(first, second):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("longctx_layers.data.streaming.BLOCK_DOCUMENTS", 4)
+    monkeypatch.setattr("longctx_layers.data.lanes.BLOCK_DOCUMENTS", 4)
 
 
 lengths_of_documents = st.lists(st.integers(1, 12), min_size=1, max_size=14)

@@ -152,7 +152,7 @@ def test_an_end_of_text_that_is_the_unknown_token_is_refused(tmp_path):
     )
     assert tokenizer.encode("one one") == [0, 0]
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
-        with pytest.raises(DataError, match="'</s>' is the unknown token too; choose another"):
+        with pytest.raises(DataError, match="'</s>' is also the unknown token; choose another"):
             encode("one two")
 
 

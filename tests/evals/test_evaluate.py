@@ -9,8 +9,9 @@ from support.program import SMALL, fit, merged
 from longctx_layers import LAYERS, LongContextLM, create_model
 from longctx_layers.evals.program import measuring
 from longctx_layers.evals.program.models import build
-from longctx_layers.evals.program.options import NAMES, doubling
+from longctx_layers.evals.program.options import task_names
 from longctx_layers.evals.program.rows import Rows
+from longctx_layers.evals.scoring import doubling
 from longctx_layers.evals.synthetic import main
 
 FIELDS = [
@@ -54,7 +55,7 @@ def test_rows_of_an_untrained_model(block, tmp_path, capsys):
         assert 126_720 <= row["parameters"] <= 129_280
 
 
-@pytest.mark.parametrize("task", [name for name in NAMES if name != "streaming_ppl"])
+@pytest.mark.parametrize("task", [name for name in task_names() if name != "streaming_ppl"])
 def test_every_task_runs(task, tmp_path):
     (row,) = run(task=task)
     assert row["task"] == task
@@ -194,7 +195,7 @@ def test_text_that_the_training_held_out_is_what_is_read(tmp_path, capsys):
     (row,) = run(*flags.split(), task="streaming_ppl", block=None)
     assert row["held_out"] is True
     assert (row["slope"], row["slope_low"], row["slope_high"]) == (None, None, None)
-    assert "behind 64 tokens: not measured" in capsys.readouterr().out
+    assert "after 64 tokens: not measured" in capsys.readouterr().out
     with pytest.raises(SystemExit):  # the slope would be another one
         run(*flags.split(), "--seq_len", "32", task="streaming_ppl", block=None)
     assert "rows of dpassm with other settings" in capsys.readouterr().err
@@ -214,8 +215,8 @@ def test_model_without_tokenizer(tmp_path, capsys):
     (row,) = run("--pretrained_model", "own", block=None)
     assert row["trained"]
     for size, task, message in (
-        (100, "passkey", "no tokenizer, and with 100 ids too few"),
-        (300, "streaming_ppl", "this one has none in its folder"),
+        (100, "passkey", "got no tokenizer and 100 ids"),
+        (300, "streaming_ppl", "there is none in its folder"),
     ):
         create_model(size, "tiny", "window").save_pretrained(f"other{size}")
         with pytest.raises(SystemExit):
@@ -245,10 +246,13 @@ def test_long_input_is_read_in_pieces():
         ("--task passkey --device gpu", "--device: expected auto, cpu, cuda or cuda:N"),
         ("--task passkey --device cuda:7", "--device=cuda:7: torch"),
         ("--task passkey --train_steps -1", "--train_steps: expected at least 0"),
-        ("--task passkey --learning_rate 3", "--learning_rate: expected a number from 0 to 1"),
-        ("--task streaming_ppl --train_steps 9", "trained on by examples/train.py"),
+        ("--task passkey --learning_rate 3", "--learning_rate: expected a number between 0 and 1"),
+        ("--task streaming_ppl --train_steps 9", "a model of text is trained by"),
         ("--task passkey --checkpoint_path no/such", "there is no no/such"),
-        ("--task passkey --checkpoint_path . --pretrained_model ..", "one option, got"),
+        (
+            "--task passkey --checkpoint_path . --pretrained_model ..",
+            "two names of one option, got",
+        ),
         ("--task passkey --checkpoint_path . --window_size 4", "has its own configuration"),
         ("--task passkey --checkpoint_path .", "from_pretrained: expected the file"),
         ("--task passkey --output_dir /dev/null/x", "--output_dir: expected a folder to write"),
@@ -269,7 +273,9 @@ def test_block_of_a_checkpoint_must_be_its_own(tmp_path, capsys):
     build("window", {"window_size": 8}).save_pretrained("own")
     with pytest.raises(SystemExit):
         run("--pretrained_model", "own", "--block", "dpassm", block=None)
-    assert "--block: the checkpoint's is window, got dpassm" in capsys.readouterr().err
+    assert (
+        "--block: expected window, which the checkpoint has, got dpassm" in capsys.readouterr().err
+    )
 
 
 def test_damaged_rows_are_an_error(tmp_path, capsys):

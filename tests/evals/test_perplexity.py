@@ -89,9 +89,9 @@ def test_beginning_is_left_out():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="got 1 of 40"):
+    with pytest.raises(ValueError, match="got 1 rotations and 40 parts"):
         drift(losses_with(0.0)[:1], part=50)
-    with pytest.raises(ValueError, match="got 4 of 8"):
+    with pytest.raises(ValueError, match="got 4 rotations and 8 parts"):
         drift(losses_with(0.0), part=250)
 
 

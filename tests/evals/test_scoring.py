@@ -22,7 +22,7 @@ from longctx_layers.evals import (
     wilson,
     zero_memory,
 )
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 from longctx_layers.testing import MemoryMeter, small_model
 
 MEMORIES = ("dpassm", "blade")

@@ -19,7 +19,7 @@ from longctx_layers.evals import (
     needle_grid,
     text_vocabulary,
 )
-from longctx_layers.lm.model import IGNORED_LABEL
+from longctx_layers.lm.loss import IGNORED_LABEL
 
 TOLD, OTHER, ASKED, FILLER = 128, 129, 130, 131
 # Marks of several tokens, as a text's are.
@@ -167,12 +167,18 @@ def test_chunk_transfer_tells_in_the_first_chunk_and_asks_at_the_end_of_later_on
     ("make", "message"),
     [
         (lambda: draw(Passkey(distance=300)), "passkey: expected a length of at least 303"),
-        (lambda: Passkey(n_symbols=129), "n_symbols: expected from 2 to the vocabulary's 128"),
+        (
+            lambda: Passkey(n_symbols=129),
+            "n_symbols: expected 2 to 128, the number of symbols in the vocabulary",
+        ),
         (lambda: Passkey(depth=1.5), "depth: expected a number from 0 to 1"),
         (lambda: Passkey(distance=-1), "distance: expected at least 0"),
         (lambda: CopyRecall(n_symbols=127), "n_symbols: expected at most 126"),
         (lambda: Mqar(pairs=65), "pairs: expected at most n_symbols = 64"),
-        (lambda: Mqar(extra_questions=1), "extra_questions: mqar asks for every key already"),
+        (
+            lambda: Mqar(extra_questions=1),
+            "extra_questions: expected 0, since mqar asks for every key",
+        ),
         (lambda: ChunkTransfer(chunk_size=1), "chunk_size: expected at least the 2 tokens"),
         (lambda: Vocabulary(4, (0, 1), (2,), (3,), (4,), 0), "expected ids in \\[0, 4\\)"),
         (lambda: Vocabulary(4, (0, 0), (2,), (3,), (3,), 0), "expected distinct symbols"),

@@ -11,7 +11,7 @@ from longctx_layers.testing import small_model
 
 
 @pytest.fixture
-def compare(monkeypatch):
+def compare():
     return runpy.run_path(str(ROOT / "examples/compare.py"))
 
 
@@ -22,7 +22,7 @@ def test_small_comparison_and_its_resumption(compare, tmp_path, monkeypatch):
         (tmp_path / f"text/{number}.txt").write_text(f"document {number}: some words. " * 20)
     flags = (
         "--blocks dpassm window --num-params tiny --steps 2 --batch-size 2 --seq-len 16 "
-        "--dataset-name local --dataset-config text --data.cache_dir=cache --output-dir out "
+        "--dataset_name local --dataset_config text --data.cache_dir=cache --output-dir out "
         "--trainer.log_every_n_steps=1"
     )
     command = flags.split()
@@ -37,7 +37,12 @@ def test_small_comparison_and_its_resumption(compare, tmp_path, monkeypatch):
     assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
     for block in metrics["blocks"].values():
         assert [step for step, _ in block["train_loss"]] == [1, 2]
-        assert [len(v["by_position"]) for v in block["validation"].values()] == [16, 128]
+        rows = [v["by_position"] for v in block["validation"].values()]
+        assert [row[-1][:2] for row in rows] == [[1, 16], [65, 128]]
+        for length, validation in block["validation"].items():
+            total = sum(m * (last - first + 1) for first, last, m in validation["by_position"])
+            assert total == pytest.approx(int(length) * validation["loss"], rel=1e-5)
+            assert len(validation["by_document"]) == metrics["measured_on"]["documents"]
         assert block.pop("tokens_per_second") > 0
         assert block["peak_memory_gib"] > 0
     page = (tmp_path / "out/report.md").read_text()
@@ -54,7 +59,7 @@ def test_small_comparison_and_its_resumption(compare, tmp_path, monkeypatch):
 def test_losses_of_both_lengths_are_of_the_same_tokens(compare):
     model = small_model("window")
     ids = torch.arange(33)[None] % 13
-    short, long = (compare["token_losses"](model, ids, n) for n in (8, 32))
+    short, long = (compare["token_losses"](model.eval(), ids, length=n) for n in (8, 32))
     assert short.shape == long.shape == (1, 32)
     torch.testing.assert_close(short[:, :8], long[:, :8])
     assert (short - long).abs().max() > 0.01

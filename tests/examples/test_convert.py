@@ -1,7 +1,6 @@
 """examples/convert.py: the recipe measures what it says, and each of its steps helps."""
 
 import runpy
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,10 +15,8 @@ FOLDER = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    yield runpy.run_path(str(FOLDER / "convert.py"))
-    for name in ("demo", "demo_report"):
-        sys.modules.pop(name, None)
+def recipe():
+    return runpy.run_path(str(FOLDER / "convert.py"))
 
 
 @pytest.fixture
@@ -34,7 +31,7 @@ def text(tmp_path):
 def test_small_run(recipe, text, tmp_path):
     out = tmp_path / "out"
     command = (
-        f"--text {text} --output-dir {out} --steps 40 --matching-steps 15 --tuning-steps 25 "
+        f"--text {text} --output_dir {out} --steps 40 --matching-steps 15 --tuning-steps 25 "
         "--window-size 6 --sequence-length 64 --batch-size 4 --width 32 --layers 2 "
         "--validation-documents 3"
     )
@@ -76,7 +73,7 @@ def test_matching_is_exact_within_the_window_and_learns(recipe):
 def test_errors(recipe, capsys):
     for flags, message in (
         (["--width", "20"], "--width: expected a multiple of 16, got 20"),
-        (["--window-size", "512"], "--window-size: expected less than --sequence-length 512"),
+        (["--window-size", "512"], "--window_size: expected less than --sequence_length 512"),
     ):
         with pytest.raises(SystemExit):
             recipe["main"](flags)

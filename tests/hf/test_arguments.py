@@ -1,4 +1,4 @@
-"""No argument is swallowed: it is understood, known to be harmless, or an error."""
+"""Every argument is used, known to be harmless, or an error; none is ignored silently."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def converted(family: str = "llama", **options: Any) -> Any:
 
 
 def models() -> list[Any]:
-    """One of ours, and converted decoders (transformers' heads may swallow names themselves)."""
+    """A model of this library, and converted decoders (heads may accept any name themselves)."""
     decoders = [converted("llama"), converted("gpt2"), converted(layers=[0])]
     return [hf_model("dpassm"), *(model.base_model for model in decoders)]
 
@@ -40,26 +40,26 @@ def test_unknown_names_are_refused_with_the_version(index: int) -> None:
 
 def test_the_message_names_argument_kind_and_version() -> None:
     for model in (hf_model("dpassm"), converted()):
-        with pytest.raises(TypeError, match=r"got memory \(a Tensor \[3\]\)") as error:
+        with pytest.raises(TypeError, match=r"unknown argument memory \(a Tensor \[3\]\)") as error:
             model(IDS, memory=torch.ones(3))
         assert f"transformers {transformers.__version__}" in str(error.value)
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_harmless_names(index: int) -> None:
-    """What tokenizers, collators and versions of transformers pass beside what is needed."""
+    """Extra arguments that tokenizers, collators and some versions of transformers pass."""
     model = models()[index]
     expected = model(IDS)[0]
-    given = {"cache_position": torch.arange(9)}
-    if not hasattr(model.config, "n_embd"):  # GPT-2 embeds them
-        given["token_type_ids"] = torch.zeros_like(IDS)
-    assert torch.equal(model(IDS, **given)[0], expected)
+    extra = {"cache_position": torch.arange(9)}
+    if not hasattr(model.config, "n_embd"):  # GPT-2 embeds token types
+        extra["token_type_ids"] = torch.zeros_like(IDS)
+    assert torch.equal(model(IDS, **extra)[0], expected)
 
 
 @FAMILY
 @torch.no_grad()
 def test_both_names_of_the_cache(family: str) -> None:
-    """Layers take it by the name of any version, whatever the installed one calls it."""
+    """Layers accept the cache under both names, whichever the installed transformers uses."""
     layer = next(m for m in converted(family).modules() if isinstance(m, ConvertedAttention))
     x = torch.randn(2, 9, 32)
     expected, _ = layer(x)
@@ -80,12 +80,12 @@ def test_two_caches_of_our_model() -> None:
 
 
 def test_use_cache_without_a_cache_is_refused() -> None:
-    """As from a version that calls the cache by a third name, and drops the names it knew."""
+    """A future version might rename the cache again and drop both of these names."""
     layer = ConvertedAttention(converted().model.layers[0].self_attn.layer, 0)
     x = torch.randn(2, 3, 32)
     with pytest.raises(ValueError, match=r"expected a cache with use_cache=True, got none from"):
         layer(x, use_cache=True)
-    with pytest.raises(TypeError, match="got memory"):
+    with pytest.raises(TypeError, match="unknown argument memory"):
         layer(x, use_cache=True, memory=DynamicCache())
     layer(x, use_cache=False)
 

@@ -1,4 +1,4 @@
-"""What transformers asks of every model, asked of each block: loading, tying, padding, outputs."""
+"""What every transformers model must do, for each layer: loading, tying, padding, outputs."""
 
 import copy
 from functools import partial
@@ -46,7 +46,7 @@ def test_save_and_load(pattern: tuple[str, ...], tied: bool, tmp_path: Path) -> 
     assert loaded.config.to_model_config() == model.config.to_model_config()
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert_same_weights(loaded, model)
-    # Not equal: products round as their operands lie in memory.
+    # Close, not equal: rounding depends on how the operands are aligned in memory.
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
@@ -199,7 +199,7 @@ def test_offloading_while_loading_says_what_to_do_instead(tmp_path: Path) -> Non
 
 
 def test_what_push_to_hub_would_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The local half: the folder that is made, and the list of its files; nothing is sent."""
+    """The local half of push_to_hub: the folder and its list of files. Nothing is sent."""
     sent: dict[str, bytes] = {}
 
     def create_repo(self: Any, repo_id: str, **_: Any) -> Any:
@@ -215,7 +215,7 @@ def test_what_push_to_hub_would_send(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(f"{api}.create_repo", create_repo)
     monkeypatch.setattr(f"{api}.create_branch", lambda *a, **k: None)
     monkeypatch.setattr(f"{api}.create_commit", create_commit)
-    # The functions of the module are methods that were bound when it was imported.
+    # The functions of this module are methods that were bound at import.
     monkeypatch.setattr(f"{hub}.create_repo", partial(create_repo, None), raising=False)
     monkeypatch.setattr(f"{hub}.create_commit", partial(create_commit, None), raising=False)
     monkeypatch.setattr(
@@ -299,7 +299,7 @@ def test_resizing_embeddings(pattern: tuple[str, ...], tied: bool, tmp_path: Pat
 @pytest.mark.parametrize("side", ["left", "right", "both", "within"])
 @every_pattern
 def test_padding(pattern: tuple[str, ...], side: str) -> None:
-    """Logits are those of the rows alone, whatever stands at the pads."""
+    """Logits equal those of each row alone, whatever the ids at padding."""
     model = hf_model(*pattern)
     rows = [some_ids(n, seed=n) for n in (12, 9, 4)]
     ids, mask = torch.full((3, 12), 5), torch.zeros(3, 12, dtype=torch.int64)
@@ -319,7 +319,7 @@ def test_padding(pattern: tuple[str, ...], side: str) -> None:
 
     other = torch.where(mask == 0, (ids + 3) % VOCABULARY, ids)
     assert torch.equal(model(other, attention_mask=mask).logits[mask == 1], logits[mask == 1])
-    if side != "right":  # behind the tokens, pads are not seen anyway
+    if side != "right":  # padding after the tokens has no effect anyway
         assert not torch.allclose(model(ids).logits[-1, places[-1]], logits[-1, places[-1]])
 
 
@@ -413,7 +413,7 @@ def test_loss() -> None:
     targets = labels[:, 1:]
     picked = -scores.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)[targets >= 0]
     torch.testing.assert_close(output.loss.double(), picked.mean(), rtol=1e-5, atol=0)
-    # The Trainer divides by the labels of a whole batch, of which this is a part.
+    # The Trainer divides by the number of labels in the whole batch; this is a part of it.
     part = model(ids, labels=labels, num_items_in_batch=torch.tensor(50)).loss
     torch.testing.assert_close(part.double(), picked.sum() / 50, rtol=1e-5, atol=0)
     ours = model.model.loss(ids[:, :-1], labels[:, 1:])
@@ -441,10 +441,10 @@ def test_gradient_checkpointing(pattern: tuple[str, ...], reentrant: bool) -> No
     assert calls == 1
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert model.model.gradient_checkpointing
-    found = gradients()
-    assert calls == 3  # once more, in the backward pass
+    actual = gradients()
+    assert calls == 3  # the third is the recomputation in the backward pass
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(actual[name], value)
     model.gradient_checkpointing_disable()
     gradients()
     assert calls == 4
@@ -501,7 +501,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="labels: expected logits of all 9 columns"):
         model(ids, labels=ids, logits_to_keep=5)
     wide = torch.ones(2, 12)
-    wide[:, 9:] = 0  # behind the call
+    wide[:, 9:] = 0  # columns after the call
     torch.testing.assert_close(model(ids, attention_mask=wide).logits, model(ids).logits)
     with pytest.raises(ValueError, match="logits_to_keep: expected at least 0, got -1"):
         model(ids, logits_to_keep=-1)

@@ -1,4 +1,4 @@
-"""The page's examples run, one after another, as someone would who reads it."""
+"""The examples in docs/huggingface.md run, one after another."""
 
 import re
 import sys
@@ -19,7 +19,9 @@ def test_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     assert len(blocks) >= 7
     page = types.ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", page)  # early transformers look a class's module up
+    monkeypatch.setitem(
+        sys.modules, "page", page
+    )  # early transformers 5 looks up the module of a class
     names = vars(page)
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)

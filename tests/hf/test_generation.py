@@ -1,4 +1,4 @@
-"""generate of transformers, with each block: every way of it equals full passes by hand."""
+"""transformers' `generate` with each layer: every decoding method equals full forward passes."""
 
 import copy
 from pathlib import Path
@@ -29,7 +29,7 @@ def some_ids(*shape: int, seed: int = 0) -> Tensor:
 
 
 def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows as one batch with id 0 at pads, and its attention mask."""
+    """Pad rows on the left with id 0. Returns the batch and its attention mask."""
     longest = max(len(row) for row in rows)
     ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -37,39 +37,41 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-# ---- The ways of decoding
+# ---- Decoding methods
 
 
 @every_pattern
 def test_greedy(pattern: tuple[str, ...]) -> None:
     native, ids = small_model(*pattern).eval(), some_ids(2, 9)
     model = LongCtxForCausalLM.from_native(native)
-    made = model.generate(ids, **GREEDY)
-    assert len(made[:, 9:].unique()) > 1
-    assert torch.equal(made, native.generate(ids, 12, temperature=0))
-    assert torch.equal(made, model.generate(ids, use_cache=False, **GREEDY))
+    generated = model.generate(ids, **GREEDY)
+    assert len(generated[:, 9:].unique()) > 1
+    assert torch.equal(generated, native.generate(ids, 12, temperature=0))
+    assert torch.equal(generated, model.generate(ids, use_cache=False, **GREEDY))
 
 
 @every_pattern
 def test_left_padded_batch(pattern: tuple[str, ...]) -> None:
     model, rows = hf_model(*pattern), [some_ids(n, seed=n) for n in (11, 3, 1, 7)]
     ids, mask = left_padded(rows)
-    made = model.generate(ids, attention_mask=mask, **GREEDY)
-    for row, prompt in zip(made, rows, strict=True):
+    generated = model.generate(ids, attention_mask=mask, **GREEDY)
+    for row, prompt in zip(generated, rows, strict=True):
         alone = model.generate(prompt[None], **GREEDY)[0]
         assert torch.equal(row[11 - len(prompt) :], alone)
-    assert torch.equal(made, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY))
-    # The whole row of pads that the first pieces are for the short prompts is no matter either.
+    assert torch.equal(
+        generated, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
+    )
+    # The first pieces of the short prompts consist of padding only.
     pieces = model.generate(ids, attention_mask=mask, prefill_chunk_size=4, **GREEDY)
-    assert torch.equal(made, pieces)
+    assert torch.equal(generated, pieces)
 
 
 @every_pattern
 def test_mask_is_found_from_the_pad_token(pattern: tuple[str, ...]) -> None:
     model = hf_model(*pattern)
     ids, mask = left_padded([some_ids(8), some_ids(5, seed=1)])
-    made = model.generate(ids, pad_token_id=0, **GREEDY)
-    assert torch.equal(made, model.generate(ids, attention_mask=mask, **GREEDY))
+    generated = model.generate(ids, pad_token_id=0, **GREEDY)
+    assert torch.equal(generated, model.generate(ids, attention_mask=mask, **GREEDY))
 
 
 @every_pattern
@@ -88,7 +90,7 @@ def test_beams(pattern: tuple[str, ...]) -> None:
     assert torch.equal(cached.sequences, full.sequences)
     torch.testing.assert_close(cached.sequences_scores, full.sequences_scores)
     assert len(cached.sequences.unique(dim=0)) == 6
-    # A beam may be worth more than greedy, and never less than the worst of its own.
+    # Beams are sorted by their score.
     best = cached.sequences_scores.view(2, 3)
     assert (best[:, 0] >= best[:, 1]).all()
     assert (best[:, 1] >= best[:, 2]).all()
@@ -105,25 +107,25 @@ def test_sampling(pattern: tuple[str, ...]) -> None:
         "num_return_sequences": 3,
     }
     torch.manual_seed(0)
-    made = model.generate(ids, **options)
-    assert made.shape == (6, 14)
-    assert len(made.unique(dim=0)) > 2
+    generated = model.generate(ids, **options)
+    assert generated.shape == (6, 14)
+    assert len(generated.unique(dim=0)) > 2
     torch.manual_seed(0)
-    assert torch.equal(made, model.generate(ids, use_cache=False, **options))
-    # Every token was among the five likeliest.
-    logits = model(made).logits[:, 5:-1]
+    assert torch.equal(generated, model.generate(ids, use_cache=False, **options))
+    # Every token is one of the five most likely.
+    logits = model(generated).logits[:, 5:-1]
     likeliest = logits.topk(5).indices
-    assert (likeliest == made[:, 6:, None]).any(-1).all()
+    assert (likeliest == generated[:, 6:, None]).any(-1).all()
 
 
 def test_sampling_follows_the_distribution() -> None:
     model, ids = hf_model("dpassm"), some_ids(1, 6)
     torch.manual_seed(0)
-    made = model.generate(ids.expand(1000, -1), do_sample=True, top_k=0, max_new_tokens=1)
-    counts = made[:, -1].bincount(minlength=VOCABULARY)
+    generated = model.generate(ids.expand(1000, -1), do_sample=True, top_k=0, max_new_tokens=1)
+    counts = generated[:, -1].bincount(minlength=VOCABULARY)
     expected = 1000 * model(ids).logits[0, -1].softmax(-1)
     chi_squared = ((counts - expected) ** 2 / expected).sum()
-    assert chi_squared < 39.1  # one in ten thousand, with 12 degrees of freedom
+    assert chi_squared < 39.1  # p = 0.0001 with 12 degrees of freedom
 
 
 @every_pattern
@@ -134,34 +136,34 @@ def test_rows_that_end_early_leave_the_others_alone(pattern: tuple[str, ...]) ->
     tails = [row[5:].tolist() for row in free]
     lengths = [next((i + 1 for i, t in enumerate(tail) if t in eos), 12) for tail in tails]
     assert min(lengths) < max(lengths)
-    made = model.generate(ids, eos_token_id=eos, pad_token_id=0, **GREEDY)
+    generated = model.generate(ids, eos_token_id=eos, pad_token_id=0, **GREEDY)
     for i, n in enumerate(lengths):
-        assert torch.equal(made[i, : 5 + n], free[i, : 5 + n])
-        assert (made[i, 5 + n :] == 0).all()
+        assert torch.equal(generated[i, : 5 + n], free[i, : 5 + n])
+        assert (generated[i, 5 + n :] == 0).all()
 
 
 @every_pattern
 def test_prompt_as_embeddings(pattern: tuple[str, ...]) -> None:
     model, ids = hf_model(*pattern), some_ids(2, 9)
     embeds = model.get_input_embeddings()(ids)
-    made = model.generate(inputs_embeds=embeds, **GREEDY)
-    assert torch.equal(made, model.generate(ids, **GREEDY)[:, 9:])
+    generated = model.generate(inputs_embeds=embeds, **GREEDY)
+    assert torch.equal(generated, model.generate(ids, **GREEDY)[:, 9:])
 
 
 @every_pattern
 def test_assisted_by_the_prompt(pattern: tuple[str, ...]) -> None:
-    """Tokens that are guessed from the prompt, checked at once, and taken back where wrong."""
+    """Tokens are guessed from the prompt, checked in one call, and removed if wrong."""
     model, ids = hf_model(*pattern), some_ids(1, 4).repeat(1, 5)
-    # An end that never comes: early versions of transformers 5 need one to guess from the prompt.
+    # An end that never occurs: early versions of transformers 5 need one for prompt lookup.
     long = {**GREEDY, "max_new_tokens": 30, "eos_token_id": 99}
-    made = model.generate(ids, prompt_lookup_num_tokens=4, **long)
+    generated = model.generate(ids, prompt_lookup_num_tokens=4, **long)
     expected = model.generate(ids, **long)
-    assert torch.equal(made[:, : expected.shape[1]], expected)
-    # Early versions also return the guesses beyond max_new_tokens.
-    assert made.shape == expected.shape or Version(transformers.__version__) < Version("5.23")
+    assert torch.equal(generated[:, : expected.shape[1]], expected)
+    # Early versions return guesses beyond max_new_tokens too.
+    assert generated.shape == expected.shape or Version(transformers.__version__) < Version("5.23")
 
 
-def test_what_assistance_kept_is_freed_by_the_next_call() -> None:
+def test_the_recording_for_assistance_is_freed_by_the_next_call() -> None:
     model, cache, ids = hf_model("dpassm"), LongCtxCache(), some_ids(1, 9)
     guess = {"prompt_lookup_num_tokens": 4, "eos_token_id": 99}
     first = model.generate(ids, past_key_values=cache, **guess, **GREEDY)
@@ -183,10 +185,10 @@ def test_assisted_by_a_model(pattern: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", CONSTANT_STATE)
 def test_static_shapes(name: str) -> None:
-    """The state's shapes never change, so a static cache is what there is anyway."""
+    """The shapes of the state never change, so the cache is static anyway."""
     model, ids = hf_model(name), some_ids(2, 9)
-    made = model.generate(ids, cache_implementation="static", **GREEDY)
-    assert torch.equal(made, model.generate(ids, **GREEDY))
+    generated = model.generate(ids, cache_implementation="static", **GREEDY)
+    assert torch.equal(generated, model.generate(ids, **GREEDY))
     cache, shapes = LongCtxCache(), set()
     for piece in ids.split([1, 1, 5, 1, 1], 1):
         model(piece, past_key_values=cache)
@@ -207,15 +209,15 @@ def test_a_compiled_step_serves_the_whole_generation(name: str) -> None:
         fullgraph=True,
     )
     cache = model(ids[:, :4]).past_key_values
-    found = [step(ids[:, i : i + 1], cache) for i in range(4, 12)]
-    torch.testing.assert_close(torch.cat(found, 1), model(ids).logits[:, 4:])
-    # The second knows that the number of tokens seen may be any number.
+    actual = [step(ids[:, i : i + 1], cache) for i in range(4, 12)]
+    torch.testing.assert_close(torch.cat(actual, 1), model(ids).logits[:, 4:])
+    # The second program accepts any number of tokens read.
     assert programs.frame_count <= 2
 
 
 @pytest.mark.parametrize("name", GROWING_STATE)
 def test_no_static_cache_where_the_state_grows(name: str) -> None:
-    with pytest.raises(ValueError, match=r"'static' where the state is constant.*grows"):
+    with pytest.raises(ValueError, match=r"'static' for a model whose state has a constant.*grows"):
         hf_model(name).generate(some_ids(1, 3), cache_implementation="static", **GREEDY)
 
 
@@ -228,16 +230,16 @@ def test_memory_is_constant(name: str) -> None:
     sizes, peaks = [], []
     for n in (20, 80):
         with MemoryMeter() as meter:
-            made = model.generate(
+            generated = model.generate(
                 some_ids(1, 8), max_new_tokens=n, do_sample=False, return_dict_in_generate=True
             )
-        assert made.sequences.shape == (1, 8 + n)
-        leaves = tree_leaves(made.past_key_values.state)
+        assert generated.sequences.shape == (1, 8 + n)
+        leaves = tree_leaves(generated.past_key_values.state)
         sizes.append(sum(x.nbytes for x in leaves))
         peaks.append(meter.peak)
     native = model.to_native()
     assert sizes[0] == sizes[1] == native.state_size(0)
-    # Beside the state only the sequence of ids grows, of which generate holds a few copies.
+    # Apart from the state, only the ids grow, of which generate holds a few copies.
     assert peaks[1] - peaks[0] < 60 * 8 * 8
 
 
@@ -247,8 +249,8 @@ def test_prompts_in_pieces_take_the_memory_of_a_piece(name: str) -> None:
     peaks = []
     for options in ({}, {"prefill_chunk_size": 50}):
         with MemoryMeter() as meter:
-            made = model.generate(ids, max_new_tokens=2, do_sample=False, **options)
-        peaks.append((meter.peak, made))
+            generated = model.generate(ids, max_new_tokens=2, do_sample=False, **options)
+        peaks.append((meter.peak, generated))
     assert torch.equal(peaks[0][1], peaks[1][1])
     assert peaks[1][0] < 0.2 * peaks[0][0]
 
@@ -257,10 +259,10 @@ def test_prompts_in_pieces_take_the_memory_of_a_piece(name: str) -> None:
 
 
 @every_pattern
-def test_a_conversation_goes_on(pattern: tuple[str, ...]) -> None:
+def test_a_conversation_continues(pattern: tuple[str, ...]) -> None:
     model, cache = hf_model(*pattern), LongCtxCache()
     first = model.generate(some_ids(2, 6), past_key_values=cache, **GREEDY)
-    assert cache.get_seq_length() == 6 + 12 - 1  # the last token made was not read yet
+    assert cache.get_seq_length() == 6 + 12 - 1  # the last new token has not been read yet
     more = torch.cat([first, some_ids(2, 4, seed=1)], 1)
     second = model.generate(more, past_key_values=cache, **GREEDY)
     assert torch.equal(second, model.generate(more, **GREEDY))
@@ -272,11 +274,11 @@ def test_a_copy_is_a_fork() -> None:
     fork = copy.deepcopy(cache)
     for seed, branch in ((1, cache), (2, fork)):
         ids = torch.cat([prompt, some_ids(1, 3, seed=seed)], 1)
-        made = model.generate(ids, past_key_values=branch, **GREEDY)
-        assert torch.equal(made, model.generate(ids, **GREEDY))
+        generated = model.generate(ids, past_key_values=branch, **GREEDY)
+        assert torch.equal(generated, model.generate(ids, **GREEDY))
 
 
-def test_a_row_of_a_padded_batch_goes_on_alone() -> None:
+def test_a_row_of_a_padded_batch_continues_alone() -> None:
     model, cache = hf_model("dpassm", "blade"), LongCtxCache()
     ids, mask = left_padded([some_ids(8), some_ids(5, seed=1)])
     model(ids, attention_mask=mask, past_key_values=cache)
@@ -288,17 +290,17 @@ def test_a_row_of_a_padded_batch_goes_on_alone() -> None:
 
 def test_scores_and_hidden_states_come_back() -> None:
     model, ids = hf_model("blade"), some_ids(2, 6)
-    made = model.generate(
+    generated = model.generate(
         ids,
         return_dict_in_generate=True,
         output_scores=True,
         output_hidden_states=True,
         **GREEDY,
     )
-    assert len(made.scores) == len(made.hidden_states) == 12
-    assert [len(hidden) for hidden in made.hidden_states] == [3] * 12
-    full = model(made.sequences[:, :-1])
-    torch.testing.assert_close(torch.stack(made.scores, 1), full.logits[:, 5:].float())
+    assert len(generated.scores) == len(generated.hidden_states) == 12
+    assert [len(hidden) for hidden in generated.hidden_states] == [3] * 12
+    full = model(generated.sequences[:, :-1])
+    torch.testing.assert_close(torch.stack(generated.scores, 1), full.logits[:, 5:].float())
 
 
 def test_streamer() -> None:
@@ -313,8 +315,8 @@ def test_streamer() -> None:
             self.text += text
 
     model, ids, streamer = hf_model("dpassm"), some_ids(1, 5), Kept(Words())
-    made = model.generate(ids, streamer=streamer, **GREEDY)
-    assert streamer.text.split() == [str(int(i)) for i in made[0]]
+    generated = model.generate(ids, streamer=streamer, **GREEDY)
+    assert streamer.text.split() == [str(int(i)) for i in generated[0]]
 
 
 def test_generation_config_is_saved(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ def test_generation_config_is_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(ids), model.generate(ids))
 
 
-# ---- Taking tokens back
+# ---- Removing tokens
 
 
 @settings(max_examples=12)
@@ -341,7 +343,7 @@ def test_any_calls_and_crops_equal_one_pass(
     model, cache = hf_model(*pattern), LongCtxCache()
     cache.activate_past_recording()
     seen = torch.zeros(2, 0, dtype=torch.int64)
-    since = 0  # columns that may be taken back
+    since = 0  # columns that may be removed
     for i, (n, wanted) in enumerate(steps):
         new = some_ids(2, n, seed=i)
         logits = model(new, past_key_values=cache).logits
@@ -379,7 +381,7 @@ def test_two_crops_in_a_row() -> None:
     model(ids, past_key_values=cache)
     cache.crop(-2)
     assert cache.batch_size == 2
-    cache.crop(4)  # as transformers has it before 5.23: leave four
+    cache.crop(4)  # leave four, as before transformers 5.23
     cache.batch_repeat_interleave(2)
     assert cache.get_seq_length() == 4
     logits = model(ids[:, 4:].repeat_interleave(2, 0), past_key_values=cache).logits
@@ -393,7 +395,7 @@ def test_crop_of_a_padded_batch() -> None:
     cache.activate_past_recording()
     expected = model(ids, attention_mask=mask).logits
     model(ids, attention_mask=mask, past_key_values=cache)
-    cache.crop(-6)  # one row has nothing but pads left
+    cache.crop(-6)  # one row consists of padding only then
     assert cache.get_seq_length() == 2
     logits = model(ids[:, 2:], attention_mask=mask, past_key_values=cache).logits
     real = mask[:, 2:] == 1
@@ -431,7 +433,7 @@ def test_mistakes_are_named() -> None:
         model.generate(ids, cache_implementation="offloaded", **GREEDY)
     with pytest.raises(TypeError, match="expected a LongCtxCache, got a DynamicCache"):
         model.generate(ids, past_key_values=transformers.DynamicCache(), **GREEDY)
-    with pytest.raises(ValueError, match=r"one prompt a row, got segment_ids \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"one prompt per row, got segment_ids \[2, 5\]"):
         model.generate(ids, segment_ids=torch.zeros(2, 5, dtype=torch.int64), **GREEDY)
     cache = model(ids).past_key_values
     with pytest.raises(ValueError, match=r"at most the 0 tokens.*activate_past_recording"):

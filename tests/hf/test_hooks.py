@@ -1,4 +1,4 @@
-"""Hooks on any part of a model of transformers, the inner model included."""
+"""Hooks on any module of a transformers model, including the inner model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longctx_layers.transformers_calls.arguments import CACHE_NAME
 
 @every_pattern
 def test_every_module_is_called_once(pattern):
-    """But for containers, which have no call of their own."""
+    """Except containers, which are never called."""
     model, seen = hf_model(*pattern, tie_embeddings=False), []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
@@ -37,12 +37,12 @@ def test_hooks_on_the_inner_model_see_tokens_and_change_logits():
     output = model(ids, labels=ids)
     torch.testing.assert_close(output.logits, 2 * expected)
     assert seen == [((2, 9), (2, 9, 13))]
-    # The loss is that of the logits that come out.
+    # The loss is computed from the logits that the hooks return.
     wanted = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, wanted, check_dtype=False)
     first = model(ids[:, :4], use_cache=True)
     model(inputs_embeds=model.model.embedding(ids[:, 4:]), past_key_values=first[CACHE_NAME])
-    model.model(ids)  # the model's own call, by itself
+    model.model(ids)  # the inner model alone
     assert [shapes for shapes, _ in seen[1:]] == [(2, 4), (2, 5, 16), (2, 9)]
 
 

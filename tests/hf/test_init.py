@@ -1,5 +1,4 @@
-"""Weights are drawn once: what transformers does twice is harmless, and what a checkpoint lacks is
-drawn as in a new model."""
+"""Weights are initialised once, and those missing in a checkpoint as in a new model."""
 
 import copy
 import pickle
@@ -23,7 +22,7 @@ WEIGHTS = "model.safetensors"
 
 
 class Around(PreTrainedModel):
-    """Another model of transformers with one of ours inside."""
+    """A transformers model that contains one of this library."""
 
     config_class = LongCtxConfig
     base_model_prefix = "lm"
@@ -40,7 +39,7 @@ class BareConfig(PreTrainedConfig):
 
 
 class Bare(PreTrainedModel):
-    """Another model of transformers that contains these layers and a whole native model."""
+    """A transformers model that contains these layers and a whole LongContextLM."""
 
     config_class = BareConfig
     base_model_prefix = "bare"
@@ -73,10 +72,10 @@ def drawn_again(model: PreTrainedModel) -> None:
 
 
 def without(folder: Path, *names: str) -> None:
-    """Take tensors out of a saved model."""
+    """Remove tensors from a saved model."""
     weights = load_file(folder / WEIGHTS)
-    kept = {name: x for name, x in weights.items() if name not in names}
-    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+    remaining = {name: x for name, x in weights.items() if name not in names}
+    save_file(remaining, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +85,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def junk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has drawn is full of NaN, where a process has luck and finds zeros."""
+    """Fill uninitialised memory with NaN, as it may happen to contain zeros."""
     empty_like = torch.empty_like
 
     def poisoned(x: Tensor, **options: Any) -> Tensor:
@@ -96,7 +95,7 @@ def junk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poisoned)
 
 
-# ---- Twice
+# ---- Initialising twice
 
 
 @every_pattern
@@ -156,19 +155,19 @@ def test_bare_layers_keep_their_own_first_values() -> None:
     assert_kept(model, before)
 
 
-# ---- What a checkpoint lacks
+# ---- Weights missing in a checkpoint
 
 
-def assert_drawn(name: str, found: Tensor, new: Tensor) -> None:
-    """A weight has values as that of a new model has; few values say little of a spread."""
-    assert torch.isfinite(found).all(), name
+def assert_drawn(name: str, actual: Tensor, new: Tensor) -> None:
+    """Compare a weight with that of a new model; by their spread if there are enough values."""
+    assert torch.isfinite(actual).all(), name
     spread = new.std(correction=0)
     if spread == 0:
-        torch.testing.assert_close(found, new, msg=name)
+        torch.testing.assert_close(actual, new, msg=name)
     elif new.numel() >= 16:
-        assert 0.4 * spread < found.std(correction=0) < 2.5 * spread, name
+        assert 0.4 * spread < actual.std(correction=0) < 2.5 * spread, name
     else:
-        assert found.abs().max() < 30, name
+        assert actual.abs().max() < 30, name
 
 
 @pytest.mark.parametrize("group", range(4))
@@ -183,12 +182,12 @@ def test_missing_weights_are_drawn_and_no_others(
     whole.save_pretrained(tmp_path)
     lacking = list(before)[group::4]
     without(tmp_path, *lacking)
-    found = values(Around.from_pretrained(tmp_path))
+    actual = values(Around.from_pretrained(tmp_path))
     for name, x in before.items():
         if name in lacking:
-            assert_drawn(name, found[name], x)
+            assert_drawn(name, actual[name], x)
         else:
-            assert torch.equal(found[name], x), name
+            assert torch.equal(actual[name], x), name
 
 
 def test_time_scales_fit_steps_that_were_loaded(tmp_path: Path, junk: None) -> None:
@@ -197,8 +196,8 @@ def test_time_scales_fit_steps_that_were_loaded(tmp_path: Path, junk: None) -> N
     before = model.model.blocks[0].mixer.state_space.A_log.clone()
     model.save_pretrained(tmp_path)
     without(tmp_path, "model.blocks.0.mixer.state_space.A_log")
-    found = LongCtxForCausalLM.from_pretrained(tmp_path)
-    space = found.model.blocks[0].mixer.state_space
+    loaded = LongCtxForCausalLM.from_pretrained(tmp_path)
+    space = loaded.model.blocks[0].mixer.state_space
     torch.testing.assert_close(space.A_log, before, rtol=1e-4, atol=1e-4)
 
 
@@ -211,12 +210,12 @@ def test_what_a_converted_models_folder_lacks(family: str, tmp_path: Path, junk:
     new += [name for name in before if "norm_s" in name]
     assert len(new) == 9 * 3
     without(tmp_path, *new)
-    found = load_converted(tmp_path)
+    loaded = load_converted(tmp_path)
     ids = torch.randint(5, 61, (2, 4))
-    # The state path adds nothing at first.
-    torch.testing.assert_close(found(ids).logits, model(ids).logits)
+    # The state-space path contributes nothing at first.
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     for name in new:
-        assert_drawn(name, found.state_dict()[name], before[name])
+        assert_drawn(name, loaded.state_dict()[name], before[name])
 
 
 def test_what_a_folder_of_bare_layers_lacks(tmp_path: Path, junk: None) -> None:
@@ -224,9 +223,9 @@ def test_what_a_folder_of_bare_layers_lacks(tmp_path: Path, junk: None) -> None:
     before = values(model)
     model.save_pretrained(tmp_path)
     without(tmp_path, *(name for name in before if not name.startswith("own")))
-    found = values(Bare.from_pretrained(tmp_path))
+    actual = values(Bare.from_pretrained(tmp_path))
     for name, x in before.items():
-        assert_drawn(name, found[name], x)
+        assert_drawn(name, actual[name], x)
 
 
 # ---- Classes of converted models

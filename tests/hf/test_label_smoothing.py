@@ -1,4 +1,4 @@
-"""The Trainer with label smoothing: it shifts labels by what it knows of a class's name."""
+"""The Trainer with label smoothing, which decides by the class name whether to shift labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FACTOR = 0.3
 
 
 class Renamed(LongCtxForCausalLM):
-    """A user's subclass, by whose name nobody knows a language model."""
+    """A user's subclass, whose name transformers does not know."""
 
 
 def plain(model):
@@ -33,7 +33,7 @@ def with_adapters(model):
 
 
 def smoothed(logits, targets):
-    """The smoothed loss of logits `[N, V]` and the label `[N]` that each of them predicts."""
+    """The smoothed loss of logits `[N, V]` and their targets `[N]`."""
     logs = logits.log_softmax(-1)
     own = -logs.gather(-1, targets[:, None])[:, 0]
     return ((1 - FACTOR) * own - FACTOR * logs.mean(-1)).mean()

@@ -1,4 +1,4 @@
-"""The loss of rows with pads and several documents is the mean over each document's own labels."""
+"""The loss of rows with padding and several documents is the mean over each document's labels."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from longctx_layers.hf import LongCtxForCausalLM
 
 
 def by_hand(model: LongCtxForCausalLM, documents: list[Tensor]) -> Tensor:
-    """The mean over all labels of documents that are read alone."""
+    """The mean over the labels of all documents, each read alone."""
     losses = [
         F.cross_entropy(model(row[None]).logits[0, :-1].float(), row[1:], reduction="none")
         for row in documents
@@ -19,13 +19,13 @@ def by_hand(model: LongCtxForCausalLM, documents: list[Tensor]) -> Tensor:
 
 
 def test_pads_are_no_targets_and_predict_nothing() -> None:
-    """Labels are the ids themselves, as callers pass them, and the pads stand anywhere."""
+    """Labels are the ids themselves, as callers pass them; padding is anywhere."""
     model, ids, mask = hf_model("dpassm", "blade"), some_ids(4, 9), torch.ones(4, 9).long()
     mask[0, 6:], mask[1, :3], mask[2, 3:5], mask[3] = 0, 0, 0, 0
     rows = [row[real.bool()] for row, real in zip(ids[:3], mask, strict=False)]
     loss = model(ids, attention_mask=mask, labels=ids).loss
     torch.testing.assert_close(loss, by_hand(model, rows), check_dtype=False)
-    # As the native loss of the same segments.
+    # The same as the loss of LongContextLM.
     segments = mask - 1
     shifted = torch.full_like(ids, -100)
     shifted[:2, :-1] = torch.where(mask[:2, 1:] == 1, ids[:2, 1:], -100)

@@ -1,4 +1,4 @@
-"""Training on documents of many lengths: packed or padded, it is training on each of them alone."""
+"""Training on packed or padded documents equals training on each document alone."""
 
 from typing import Any
 
@@ -34,14 +34,14 @@ def gradients(model: LongCtxForCausalLM, *losses: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
-        # The loss of transformers is float32.
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        # transformers computes the loss in float32.
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def each_alone(model: LongCtxForCausalLM, rows: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of the mean over all labels of all rows."""
+    """Loss and gradients of the mean over the labels of all rows."""
     n = torch.tensor(sum(len(row) - 1 for row in rows))
     losses = [
         model(row[None], labels=row[None], num_items_in_batch=n).loss
@@ -75,7 +75,7 @@ def test_padded_batch_equals_each_alone(pattern: tuple[str, ...], side: str) -> 
     for i, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(11 - len(row), None)
         ids[i, place], mask[i, place], labels[i, place] = row, 1, row
-    # Where pads go before, a row's first token is no target.
+    # After padding, the first token of a row is not a target.
     labels[mask.cumsum(1) == 1] = -100
     loss = model(ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, expected)
@@ -83,7 +83,7 @@ def test_padded_batch_equals_each_alone(pattern: tuple[str, ...], side: str) -> 
 
 
 def test_packed_rows_with_pads_and_a_cache_that_goes_on() -> None:
-    """Pieces of a packed row, cut anywhere, also where a document begins."""
+    """A packed row in pieces, split anywhere, including at the start of a document."""
     model = hf_model("dpassm", "blade").eval()
     batch = DataCollatorWithFlattening()([{"input_ids": row} for row in documents()])
     ids, positions = batch["input_ids"], batch["position_ids"]
@@ -103,8 +103,8 @@ def test_packed_rows_with_pads_and_a_cache_that_goes_on() -> None:
             )
             logits.append(output.logits)
             first += n
-        found = torch.cat(logits, 1)
-        torch.testing.assert_close(found[mask == 1], expected[mask == 1])
+        actual = torch.cat(logits, 1)
+        torch.testing.assert_close(actual[mask == 1], expected[mask == 1])
 
 
 def test_cu_seq_lens_begin_new_documents_behind_a_cache() -> None:
@@ -113,8 +113,8 @@ def test_cu_seq_lens_begin_new_documents_behind_a_cache() -> None:
     cache = model(rows[0][None]).past_key_values
     bounds = torch.tensor([0, 2, 13], dtype=torch.int32)
     ids = torch.cat(rows[1:3])[None]
-    found = model(ids, cu_seq_lens_q=bounds, past_key_values=cache).logits
-    torch.testing.assert_close(found, model(ids, cu_seq_lens_q=bounds).logits)
+    actual = model(ids, cu_seq_lens_q=bounds, past_key_values=cache).logits
+    torch.testing.assert_close(actual, model(ids, cu_seq_lens_q=bounds).logits)
 
 
 def test_segment_ids_are_ours() -> None:
@@ -122,8 +122,8 @@ def test_segment_ids_are_ours() -> None:
     ids = torch.randint(0, 13, (2, 9))
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1], [-1, 4, 4, 4, 2, 2, 2, 2, 2]])
     model = LongCtxForCausalLM.from_native(native)
-    found = model(ids, segment_ids=segments).logits
-    torch.testing.assert_close(found, native(ids, segment_ids=segments))
+    actual = model(ids, segment_ids=segments).logits
+    torch.testing.assert_close(actual, native(ids, segment_ids=segments))
     mask = torch.ones_like(ids)
     mask[0, 5] = 0
     both = model(ids, segment_ids=segments, attention_mask=mask).logits
@@ -141,7 +141,7 @@ def test_positions_that_only_rise_are_one_document() -> None:
 
 def test_mistakes_are_named() -> None:
     model, ids = hf_model("dpassm"), torch.zeros(2, 6, dtype=torch.int64)
-    with pytest.raises(ValueError, match="expected one row of documents, .* got 2 rows"):
+    with pytest.raises(ValueError, match="expected a single packed row, .* got 2 rows"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match=r"segment_ids: expected \[B, T\] of the call"):
         model(ids, segment_ids=torch.zeros(2, 5, dtype=torch.int64))

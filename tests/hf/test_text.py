@@ -1,4 +1,4 @@
-"""What works on text: the pipeline, and lm-evaluation-harness on a saved folder, offline."""
+"""Programs that work on text: the pipeline, and lm-evaluation-harness, offline."""
 
 import json
 import math
@@ -50,10 +50,12 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False)
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False
+    )
     tokenizer.add_special_tokens({"eos_token": END, "pad_token": END})
     tokenizer.padding_side = "left"
     return tokenizer
@@ -85,12 +87,12 @@ def text_model(*pattern: str) -> LongCtxForCausalLM:
 
 
 def test_pipeline() -> None:
-    """Prompts of many lengths at once, padded by the tokenizer."""
+    """Prompts of different lengths in one batch, padded by the tokenizer."""
     model, tokenizer = text_model("dpassm", "blade"), byte_tokenizer()
     prompts = [question["question"] for question in QUESTIONS]
     write = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=5)
-    made = write(prompts, max_new_tokens=6, do_sample=False, return_tensors=True)
-    for prompt, (row,) in zip(prompts, made, strict=True):
+    generated = write(prompts, max_new_tokens=6, do_sample=False, return_tensors=True)
+    for prompt, (row,) in zip(prompts, generated, strict=True):
         ids = torch.tensor([tokenizer(prompt).input_ids])
         alone = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=256)
         real = [i for i in row["generated_token_ids"] if i != 256]
@@ -115,8 +117,8 @@ def test_figures_of_a_saved_folder(
     answers = []
     for question in QUESTIONS[:2]:
         ids = torch.tensor([tokenizer(question["question"]).input_ids])
-        made = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=256)
-        answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        generated = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=256)
+        answers.append(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
     asked = [
         {"question": QUESTIONS[0]["question"], "expected": answers[0]},
         {"question": QUESTIONS[1]["question"], "expected": answers[1] + "no"},
@@ -151,7 +153,7 @@ def test_figures_of_a_saved_folder(
 @pytest.mark.parametrize("longest", [None, 3000])
 @torch.no_grad()
 def test_long_prompts_are_read_as_asked(longest: int | None, tmp_path: Path) -> None:
-    """lm-evaluation-harness cuts prompts to what the config says, or to 2,048 without a word."""
+    """lm-evaluation-harness truncates prompts to the length in the config, by default 2,048."""
     pytest.importorskip("lm_eval", reason="needs lm-eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

@@ -1,4 +1,4 @@
-"""The Trainer on real text, PEFT's adapters on our projections, bitsandbytes' weights."""
+"""The Trainer on real text, PEFT adapters on the projections, bitsandbytes weights."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ from longctx_layers.testing import small_model
 
 
 def text_rows(length: int, count: int) -> list[dict[str, Tensor]]:
-    """Rows of bytes of a module of the standard library."""
+    """Rows of bytes from a module of the standard library."""
     text = inspect.getsource(json.decoder) + inspect.getsource(string)
     ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
     rows = ids[: length * count].view(count, length)
@@ -100,7 +100,7 @@ def test_trainer_learns_real_text(block: str, tmp_path: Path) -> None:
 
 
 def test_trainer_on_packed_documents_with_checkpointing(tmp_path: Path) -> None:
-    """What needs no padding: documents of many lengths, flattened into one row."""
+    """Documents of different lengths, flattened into one row without padding."""
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     rows = [
         {"input_ids": row["input_ids"][: 20 + 7 * (i % 7)]}
@@ -124,13 +124,13 @@ def test_trainer_on_packed_documents_with_checkpointing(tmp_path: Path) -> None:
 
 
 def test_accumulated_batches_equal_a_large_one(tmp_path: Path) -> None:
-    """Also where the parts have different numbers of labels: num_items_in_batch sees to that."""
+    """Also if the parts have different numbers of labels, because of num_items_in_batch."""
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     rows = text_rows(64, 16)
     for i, row in enumerate(rows):
         row["labels"] = row["labels"].clone()
         row["labels"][: 4 * i] = -100
-    found = []
+    runs = []
     for size, steps in ((8, 1), (2, 4)):
         trainer = Trainer(
             model=byte_model(),
@@ -144,10 +144,10 @@ def test_accumulated_batches_equal_a_large_one(tmp_path: Path) -> None:
             train_dataset=rows,
         )
         trainer.train()
-        found.append((losses(trainer), trainer.model.state_dict()))
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
-    for name, value in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+        runs.append((losses(trainer), trainer.model.state_dict()))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
+    for name, value in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
@@ -178,8 +178,8 @@ def test_trainer_trains_every_block_in_bfloat16_and_resumes(
 
 # ---- PEFT
 
-# `MIN_PEFT_VERSION` is asked for where an older PEFT can't work: transformers refuses it for its
-# own adapters, and from 5.24 on its `generate` passes on no cache (wrong for a Llama, too).
+# Tests require `MIN_PEFT_VERSION` where an older PEFT cannot work: transformers refuses it for its
+# own adapters, and from 5.24 on `generate` of an older PEFT passes no cache (for a Llama, too).
 
 
 def lora(model: LongCtxForCausalLM, **options: Any) -> Any:
@@ -206,7 +206,7 @@ def test_lora_on_our_projections(
     ids = torch.randint(0, 13, (4, 12), generator=torch.Generator().manual_seed(0))
     before, first = model(ids).logits, {n: v.clone() for n, v in model.state_dict().items()}
     adapted = lora(model)
-    torch.testing.assert_close(adapted(ids).logits, before)  # B begins as 0
+    torch.testing.assert_close(adapted(ids).logits, before)  # B is 0 at first
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -216,14 +216,14 @@ def test_lora_on_our_projections(
     if checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-2)
-    found = []
+    history = []
     for _ in range(15):
         loss = adapted(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    assert found[-1] < 0.9 * found[0]
+        history.append(loss.item())
+    assert history[-1] < 0.9 * history[0]
     adapted.eval()
     after = adapted(ids).logits
     made = adapted.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
@@ -289,8 +289,8 @@ def test_prompt_tuning_goes_through_embeddings() -> None:
 # ---- bitsandbytes
 
 
-# The head and the few outputs of dt_proj stay exact; on a CPU, 4-bit products want outputs in
-# multiples of 32.
+# The head and dt_proj, with its few outputs, are not quantised: on a CPU, 4-bit products need
+# outputs in multiples of 32.
 KEPT_EXACT = ["head", "dt_proj"]
 
 
@@ -305,7 +305,7 @@ def quantized(folder: Path, **options: Any) -> LongCtxForCausalLM:
 
 @pytest.fixture
 def exact(pattern: tuple[str, ...], tmp_path: Path) -> LongCtxForCausalLM:
-    """A model saved in tmp_path, its widths multiples of 32."""
+    """A model with widths of multiples of 32, saved in tmp_path."""
     pytest.importorskip("bitsandbytes", reason="quantised weights need bitsandbytes")
     pytest.importorskip("accelerate", reason="quantised weights need accelerate")
     options = {
@@ -325,11 +325,11 @@ def test_bitsandbytes_8_bit(exact: LongCtxForCausalLM, tmp_path: Path) -> None:
     loaded = quantized(tmp_path, load_in_8bit=True)
     assert loaded.model.blocks[0].mixer.q_proj.weight.dtype == torch.int8
     assert type(loaded.model.head) is nn.Linear
-    expected, found = exact(IDS).logits, loaded(IDS).logits
-    assert not torch.allclose(found, expected, rtol=1e-3)
-    # In each block four products one after another, of inputs and weights that are rounded to a
-    # part in 127 of the row's largest.
-    assert (found - expected).norm() < 8 * len(exact.model.blocks) / 127 * expected.norm()
+    expected, actual = exact(IDS).logits, loaded(IDS).logits
+    assert not torch.allclose(actual, expected, rtol=1e-3)
+    # Four products follow one another in each block. Their inputs and weights are rounded to 1/127
+    # of the largest value of a row.
+    assert (actual - expected).norm() < 8 * len(exact.model.blocks) / 127 * expected.norm()
     assert loaded.generate(IDS, max_new_tokens=4, do_sample=False).shape == (2, 16)
 
 
@@ -340,8 +340,8 @@ def test_bitsandbytes_4_bit(exact: LongCtxForCausalLM, tmp_path: Path) -> None:
     assert loaded.model.blocks[0].mixer.q_proj.weight.dtype == torch.uint8
     assert type(loaded.model.head) is nn.Linear
     rounded = quantized(tmp_path, load_in_4bit=True, **options).dequantize()
-    found = loaded(IDS).logits
-    assert not torch.allclose(found, exact(IDS).logits, rtol=1e-3)
-    torch.testing.assert_close(found, rounded(IDS).logits, rtol=1e-4, atol=1e-4)
+    actual = loaded(IDS).logits
+    assert not torch.allclose(actual, exact(IDS).logits, rtol=1e-3)
+    torch.testing.assert_close(actual, rounded(IDS).logits, rtol=1e-4, atol=1e-4)
     made = loaded.generate(IDS, max_new_tokens=4, do_sample=False)
     assert torch.equal(made, rounded.generate(IDS, max_new_tokens=4, do_sample=False))

@@ -1,4 +1,4 @@
-"""Batched conversations: pads of finished rows, and masks that must agree with the cache."""
+"""Batched conversations: padding of finished rows, and masks that must agree with the cache."""
 
 from copy import deepcopy
 from typing import Any
@@ -31,7 +31,7 @@ def converted(kind: str, family: str = "llama") -> Any:
 
 
 def any_model(kind: str) -> tuple[Any, Any]:
-    """A model and its empty cache: one of ours by its block, or a converted one."""
+    """A converted model, or a model of one layer, with its empty cache."""
     if kind in CONVERTED:
         model = converted(kind)
         return model, DynamicCache(config=model.config)
@@ -57,31 +57,41 @@ def first_scores(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> Te
 
 
 class Conversation:
-    """Rows of one batch that end at different times, with the mask that says so."""
+    """A batch whose rows end at different times, and its attention mask."""
 
     def __init__(self, model: Any, cache: Any, pad: int | None = None, **options: Any) -> None:
         self.model, self.cache, self.options = model, cache, options
         prompt = some_ids(3, 7)
         self.ids, self.mask = prompt, torch.ones_like(prompt)
-        self.mask[2, :3] = 0  # and pads at the left
+        self.mask[2, :3] = 0  # padding on the left
         torch.manual_seed(0)
         free = model.generate(
-            prompt, attention_mask=self.mask, max_new_tokens=8, pad_token_id=PAD,
-            eos_token_id=None, past_key_values=deepcopy(cache), **options,
-        )[:, 7:]  # fmt: skip
+            prompt,
+            attention_mask=self.mask,
+            max_new_tokens=8,
+            pad_token_id=PAD,
+            eos_token_id=None,
+            past_key_values=deepcopy(cache),
+            **options,
+        )[:, 7:]
         self.eos = [int(free[0, 2]), int(free[1, 5])]
         self.pad = self.eos[0] if pad is None else pad
         self.turn()
         assert (self.mask[:, 7:] == 0).any(), "no row ended early"
 
     def turn(self) -> None:
-        """Let the model speak; the tokens after each row's end are pads."""
+        """Generate the next turn; tokens after the end of a row are padding."""
         length = self.ids.shape[1]
         torch.manual_seed(0)
         self.ids = self.model.generate(
-            self.ids, attention_mask=self.mask, past_key_values=self.cache, max_new_tokens=8,
-            pad_token_id=self.pad, eos_token_id=self.eos, **self.options,
-        )  # fmt: skip
+            self.ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            max_new_tokens=8,
+            pad_token_id=self.pad,
+            eos_token_id=self.eos,
+            **self.options,
+        )
         new = self.ids[:, length:]
         ends = torch.isin(new, torch.tensor(self.eos))
         self.mask = torch.cat([self.mask, (ends.cumsum(1) - ends.long() == 0).long()], 1)
@@ -93,16 +103,16 @@ class Conversation:
         self.mask = torch.cat([self.mask, torch.ones_like(more)], 1)
 
     def check(self) -> None:
-        """What comes next in each row is what comes next in the row alone."""
-        found = first_scores(self.model, self.ids, self.mask, deepcopy(self.cache))
-        for i, scores in enumerate(found):
+        """The next token of each row has the same scores as in the row alone."""
+        actual = first_scores(self.model, self.ids, self.mask, deepcopy(self.cache))
+        for i, scores in enumerate(actual):
             alone = self.ids[i][self.mask[i].bool()][None]
             expected = first_scores(self.model, alone, torch.ones_like(alone))[0]
             torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 @every_kind
-def test_rows_that_ended_early_go_on_as_alone(kind: str) -> None:
+def test_rows_that_ended_early_continue_as_alone(kind: str) -> None:
     talk = Conversation(*any_model(kind), pad=PAD, do_sample=False)
     for seed in (1, 2):
         talk.say(4, seed)
@@ -122,17 +132,18 @@ def test_rows_that_ended_early_go_on_as_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dpassm-ours", "dpassm"])
 def test_however_rows_end(kind: str, options: dict[str, Any]) -> None:
     class SeenTwice(StoppingCriteria):
-        """Ends nothing by itself: transformers' own criterion for the end is beside it."""
+        """Ends no row itself; transformers adds its own criterion for the end-of-text token."""
 
         def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             return torch.zeros(len(ids), dtype=torch.bool)
 
     if options.get("stopping_criteria"):
         options = {**options, "stopping_criteria": StoppingCriteriaList([SeenTwice()])}
-    model, cache = any_model(kind.removesuffix("-ours")) if kind == "dpassm" else (
-        hf_model("dpassm"), LongCtxCache()
-    )  # fmt: skip
-    talk = Conversation(model, cache, **options)  # the pad is one of the ends
+    if kind == "dpassm":
+        model, cache = any_model(kind)
+    else:
+        model, cache = hf_model("dpassm"), LongCtxCache()
+    talk = Conversation(model, cache, **options)  # padding is one of the end tokens
     talk.say(3, 1)
     talk.check()
 
@@ -151,20 +162,20 @@ def test_a_mask_that_contradicts_the_cache_is_refused(kind: str) -> None:
     mask[0, :2] = 0
     with torch.no_grad():
         model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache, use_cache=True)
-        for row, column, read in ((1, 4, "a token"), (0, 1, "a pad")):
+        for row, column, read in ((1, 4, "a token"), (0, 1, "padding")):
             wrong = mask.clone()
             wrong[row, column] = 1 - wrong[row, column]
             message = rf"column {column} of row {row}, which was read as {read}"
             with pytest.raises(ValueError, match=message):
                 model(ids[:, 6:], attention_mask=wrong, past_key_values=cache, use_cache=True)
-        # Of the right mask, or of one of the new columns alone, nothing is wrong.
+        # The right mask is accepted, and so is one of the new columns alone.
         other = deepcopy(cache)
-        found = [
+        actual = [
             model(ids[:, 6:], attention_mask=m, past_key_values=c, use_cache=True).logits
             for m, c in ((mask, cache), (None if kind == "hybrid" else mask[:, 6:], other))
         ]
-        if kind != "hybrid":  # kept attention needs the whole mask
-            torch.testing.assert_close(*found)
+        if kind != "hybrid":  # the unconverted layers need the whole mask
+            torch.testing.assert_close(*actual)
 
 
 @every_kind
@@ -172,7 +183,7 @@ def test_a_second_turn_that_forgets_the_pads_is_refused(kind: str) -> None:
     talk = Conversation(*any_model(kind), do_sample=False)
     talk.say(3, 1)
     talk.mask[:] = 1
-    with pytest.raises(ValueError, match="which was read as a pad"):
+    with pytest.raises(ValueError, match="which was read as padding"):
         talk.turn()
 
 
@@ -209,7 +220,7 @@ def test_prompts_padded_at_the_right_are_refused(kind: str) -> None:
     ids, mask = some_ids(2, 6), torch.ones(2, 6, dtype=torch.int64)
     mask[1, 4:] = 0
     for options in ({}, {"num_beams": 2}, {"use_cache": False}):
-        with pytest.raises(ValueError, match=r"got pads in rows \[.*pad at the left"):
+        with pytest.raises(ValueError, match=r"last column of rows \[.*pad on the left"):
             model.generate(ids, attention_mask=mask, max_new_tokens=2, pad_token_id=0, **options)
 
 
@@ -223,10 +234,10 @@ def test_masks_that_number_documents_are_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dpassm", "vanilla"])
 def test_a_row_does_not_feel_another_rows_pads(kind: str) -> None:
-    """Also where the segment that the cache holds is not the first."""
+    """Also if the current segment of the cache is not the first."""
     model, _ = any_model(kind)
     ids, segments = some_ids(2, 9), torch.tensor([[0, 0, 1, 1, 1], [3, 3, 3, 5, 5]])
-    found = []
+    actual = []
     for pads in (0, 2):
         cache = DynamicCache(config=model.config)
         mask = torch.ones(2, 9, dtype=torch.int64)
@@ -234,11 +245,11 @@ def test_a_row_does_not_feel_another_rows_pads(kind: str) -> None:
         with torch.no_grad():
             model(ids[:, :5], segment_ids=segments, past_key_values=cache, use_cache=True)
             call = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
-            found.append(model(ids[:, 5:], **call).logits[1])
-    torch.testing.assert_close(*found)
+            actual.append(model(ids[:, 5:], **call).logits[1])
+    torch.testing.assert_close(*actual)
 
 
-# ---- Positions beside a mask
+# ---- Positions together with a mask
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["pads uncounted", "pads counted"])
@@ -260,5 +271,5 @@ def test_positions_beside_a_mask_cut_nothing(counted: bool) -> None:
                 past_key_values=cache,
             )
             logits.append(output.logits)
-        found = torch.cat(logits, 1)
-        torch.testing.assert_close(found[mask == 1], expected[mask == 1])
+        actual = torch.cat(logits, 1)
+        torch.testing.assert_close(actual[mask == 1], expected[mask == 1])

@@ -1,4 +1,4 @@
-"""transformers' Trainer, as it comes, leaves the parameters alone that the layers name."""
+"""transformers' Trainer applies no weight decay to the parameters that the layers declare."""
 
 import importlib
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def test_converted_models(family: str, block: str, decayed: Any) -> None:
     model = convert_attention(pretrained(family), block)
     assert decayed(model) == by_the_library(model)
     kept = {name for name in original if "attn" not in name}
-    assert kept <= decayed(model)  # what transformers decays of its own, it goes on to decay
+    assert kept <= decayed(model)  # transformers still decays everything else
     parts = {name.split("layer.", 1)[1] for name in decayed(model) if "attn.layer." in name}
     assert parts == {
         *(f"{p}_proj.weight" for p in "qkvo"),
@@ -61,7 +61,7 @@ def test_converted_models(family: str, block: str, decayed: Any) -> None:
 
 
 class Own(PreTrainedModel):
-    """Somebody's model, with layers of ours somewhere inside."""
+    """A user's model that contains layers of this library."""
 
     config_class = PretrainedConfig
 

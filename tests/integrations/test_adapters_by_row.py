@@ -1,4 +1,4 @@
-"""PEFT's adapters that are chosen by row, in calls that would be split."""
+"""PEFT adapters selected per row, in calls that would otherwise be split into pieces."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft", reason="adapters need PEFT")
 
 @every_pattern
 def test_rows_with_adapters_of_their_own(pattern, monkeypatch):
-    """Each row's logits are those of a call of its own with its adapter."""
+    """The logits of each row equal those of a separate call with its adapter."""
     monkeypatch.setattr(splitting, "TOKENS_AT_ONCE", 16)
     model = hf_model(*pattern, dtype=torch.float32).eval()
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"])

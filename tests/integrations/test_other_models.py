@@ -1,4 +1,4 @@
-"""The worked examples in examples/integrations do what their models did, or learn their task."""
+"""The examples in examples/integrations preserve the function of a model, or learn their task."""
 
 import runpy
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_x_transformers_model_keeps_its_function(x_transformers):
     example("x_transformers_decoder")["replace_attention"](
         model, "dpassm", window_size=20, **RESIDUAL
     )
-    # Their softmax is of float32.
+    # x-transformers computes the softmax in float32.
     assert_close(model(ids), expected[0], rtol=1e-6, atol=1e-6)
     assert_close(model(ids, mask=mask)[mask], expected[1][mask], rtol=1e-6, atol=1e-6)
 
@@ -147,7 +147,7 @@ def test_lightning_module_learns():
     with torch.no_grad():
         states = [model(votes)[0], torch.cat([model(x)[0] for x in votes.split(8, 1)], 1)]
     whole, forgetful = (((y.argmax(-1) == labels)[:, 64:]).double().mean() for y in states)
-    assert whole > 0.7  # a guess: 0.5
+    assert whole > 0.7  # chance level: 0.5
     assert forgetful < whole - 0.1, "the window alone will do: the state has not been used"
 
 
@@ -159,7 +159,7 @@ def test_encoder_decoder_decodes_what_it_predicts():
     shifted = torch.cat([torch.zeros_like(target[:, :1]), target[:, :-1]], 1)
     logits, _ = model.decode(shifted, model.encode(source))
     assert_close(target, logits.argmax(-1), rtol=0, atol=0)
-    # The memory counts, without its pads.
+    # The encoder's output matters, except at padding.
     pads = torch.zeros(3, 9, dtype=torch.bool)
     pads[:, 7:] = True
     longer = torch.cat([source, torch.randint(1, 13, (3, 2))], 1)

@@ -1,4 +1,4 @@
-"""Models of transformers whose linear layers torch has packed for int8 products."""
+"""transformers models whose linear layers torch has packed for int8 products."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ids_of(vocab_size):
 @every_pattern
 @torch.no_grad()
 def test_models(pattern):
-    """Close to the model's own logits; decoding step by step, to those of one call."""
+    """Logits are close to those of the float32 model, in one call and step by step."""
     model = hf_model(*pattern, dtype=torch.float32)
     quantized, ids = packed(model), ids_of(13)
     expected = model(ids).logits
@@ -43,7 +43,7 @@ def test_models(pattern):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @torch.no_grad()
 def test_conversion_of_packed_models(family):
-    """Before and after packing, conversion changes as little as ever."""
+    """Converting preserves the function, both before and after packing."""
     model, ids = packed(pretrained(family)), ids_of(61)
     expected = model(ids).logits
     after = packed(convert_attention(pretrained(family), "dpassm", window_size=32))

@@ -1,4 +1,4 @@
-"""docs/integration.md: every block of Python runs by itself, and what it links to is there."""
+"""docs/integration.md: every block of Python runs on its own, and the link targets exist."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[2] / "docs/integration.md"
 
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-# What each leaves behind: names and shapes.
+# The names that each block defines, with their shapes.
 LEFT = [
     {"y": (2, 500, 64), "y_next": (2, 1, 64)},
     {"y": (2, 500, 64)},

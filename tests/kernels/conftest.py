@@ -2,9 +2,9 @@
 
 import pytest
 
-from longctx_layers.ops import triton_support
+from longctx_layers.ops import availability, operation
 
-if triton_support.VERSION >= triton_support.MINIMUM:
+if availability.VERSION >= availability.MINIMUM:
     from support.sizes import SIZES
 
     from benchmarks.kernels.interpreter import interpreted
@@ -14,14 +14,14 @@ class _Refused(pytest.Module):
     """A module of tests that is not even imported: its imports may need another Triton."""
 
     def collect(self):
-        oldest = ".".join(map(str, triton_support.MINIMUM))
-        found = ".".join(map(str, triton_support.VERSION)) or "none"
+        oldest = ".".join(map(str, availability.MINIMUM))
+        found = ".".join(map(str, availability.VERSION)) or "none"
         pytest.skip(f"the kernels need Triton {oldest} or newer, got {found}")
 
 
 def pytest_pycollect_makemodule(module_path, parent):
     """Tests of kernels are skipped where the library itself would refuse Triton."""
-    if triton_support.VERSION < triton_support.MINIMUM:
+    if availability.VERSION < availability.MINIMUM:
         return _Refused.from_parent(parent, path=module_path)
     return None
 
@@ -29,7 +29,8 @@ def pytest_pycollect_makemodule(module_path, parent):
 @pytest.fixture
 def small(monkeypatch):
     """Small programs, and Triton's backend accepts CPU tensors."""
-    monkeypatch.setattr(triton_support, "refuse_device", lambda *_: None)
+    monkeypatch.setitem(operation.KINDS, "triton", operation.Kind())
+    monkeypatch.setattr(availability, "refuse_device", lambda *_: None)
     for module, sizes in SIZES.items():
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)

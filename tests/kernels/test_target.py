@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longctx_layers.kernels.target import DEFAULT, dot_precision, pick, target
-from longctx_layers.ops import triton_support
+from longctx_layers.ops import availability
 
 
 def test_without_a_gpu_the_default_row():
@@ -40,7 +40,7 @@ def test_amd_gpus_on_which_registers_spill_are_refused(monkeypatch, architecture
     properties = SimpleNamespace(major=9, gcnArchName=architecture)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(triton_support, "INSTALLED", True)
-    monkeypatch.setattr(triton_support, "VERSION", triton_support.MINIMUM)
-    reason = triton_support.refuse_device(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(availability, "INSTALLED", True)
+    monkeypatch.setattr(availability, "VERSION", availability.MINIMUM)
+    reason = availability.refuse_device(torch.device("cuda"), torch.bfloat16)
     assert reason is None if right else "got gfx1100" in reason

@@ -11,8 +11,7 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from longctx_layers import use_backend
-from longctx_layers.ops import sparse_attention, triton_support
-from longctx_layers.ops.attention import flex
+from longctx_layers.ops import explain, sparse_attention
 from longctx_layers.testing import LAYER_CASES, small_layer, small_model
 
 CASES = pytest.mark.parametrize("case", LAYER_CASES)
@@ -78,11 +77,13 @@ def test_the_loss_of_a_model_by_its_weights():
 
 def test_kernels_without_such_derivatives_refuse():
     q, k, v = torch.randn(3, 1, 2, 24, 8, generator=torch.Generator().manual_seed(0))
-    options = {"far": None, "dropout_p": 0.0}
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(q, k)
-        for reason in (triton_support.refuse(dual), flex.refuse(dual, k, v, **options)):
-            assert reason == "has no forward-mode derivatives"
+        rows = explain(sparse_attention, dual, k, v, window_size=9)
+        reasons = {row.backend: row.reason for row in rows}
+        for backend in ("triton", "flash", "flex", "cpu"):
+            assert reasons[backend] == "has no forward-mode derivatives"
+        assert reasons["torch"] == "runs this call"
         with installed(2):
             with pytest.raises(ValueError, match="no forward-mode derivatives; use backend='auto'"):
                 sparse_attention(dual, k, v, window_size=9, backend="flash")

@@ -213,7 +213,7 @@ def test_wrong_config_is_refused(change: dict[str, Any], message: str) -> None:
         ({"ffn_dim": 0}, "ffn_dim: expected at least 1"),
         ({"block_kwargs": {"window": 4}}, "no options .*'window'.*its options are .*'window_size'"),
         ({"pattern": "dpasm"}, "unknown layer 'dpasm'; did you mean 'dpassm'"),
-        ({"pattern": 5}, "expected block names, got 5"),
+        ({"pattern": 5}, "expected names of layers, got 5"),
     ],
 )
 def test_wrong_options_are_refused(change: dict[str, Any], message: str) -> None:

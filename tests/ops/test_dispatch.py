@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from longctx_layers import explain, use_backend
-from longctx_layers.ops import ssd, triton_support
+from longctx_layers.ops import (
+    BACKENDS,
+    Choice,
+    availability,
+    diagonal_scan,
+    register_backend,
+    ssd,
+)
 from longctx_layers.ops.backends import Operation
 
 
@@ -63,7 +70,7 @@ def test_a_reserved_backend_runs_when_asked_for():
 
 
 def test_unknown_backends_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"expected a backend out of .*'torch'.*got 'tirton'"):
+    with pytest.raises(ValueError, match=r"'tirton', expected one of .*'torch'.*mean 'triton'"):
         ssd(*arguments(), backend="tirton")
     with pytest.raises(ValueError, match="use_backend"), use_backend("cuda"):
         pass
@@ -113,8 +120,33 @@ def test_an_empty_environment_variable_is_none():
     ],
 )
 def test_triton_versions(version, capability, needed):
-    reason = triton_support.refuse_version(version, capability)
+    reason = availability.refuse_version(version, capability)
     assert reason is None if needed is None else f"needs Triton {needed};" in reason
+
+
+def test_the_override_accepts_every_triton_but_no_older_gpu(monkeypatch):
+    refusal = availability.refuse_version((3, 6, 0), 9)
+    assert f"set {availability.OVERRIDE}=1" in refusal
+    monkeypatch.setattr(availability, "ANY_VERSION", True)
+    assert availability.refuse_version((3, 6, 0), 9) is None
+    assert availability.refuse_version((3, 5, 1), None) is None
+    assert "compute capability 8" in availability.refuse_version((3, 6, 0), 7)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", "True"), ("yes", "got 'yes'")])
+def test_the_override_is_an_environment_variable(value, expected):
+    code = "from longctx_layers.ops import availability; print(availability.ANY_VERSION)"
+    environment = {**os.environ, availability.OVERRIDE: value}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert expected in run.stdout + run.stderr
+    assert (run.returncode == 0) == (value == "1")
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_the_override_is_off_by_default(value):
+    assert availability._is_on(value) is False
 
 
 def test_transforms_and_compilers_do_not_meet_the_cpu_path():
@@ -132,3 +164,117 @@ def test_transforms_and_compilers_do_not_meet_the_cpu_path():
     with use_backend("torch"):  # which has second derivatives
         (slope,) = torch.autograd.grad(loss(x), x, create_graph=True)
         assert torch.autograd.grad(slope.sum(), x)[0].isfinite().all()
+
+
+def reversed_cumsum(u, log_decay, *, initial_state, segments):
+    """A third party's backend: without decay, in another order of summation."""
+    total = u.sum(1)
+    return total[:, None] - u.flip(1).cumsum(1).flip(1) + u + initial_state[:, None], (
+        initial_state + total
+    )
+
+
+def needs_no_decay(u, log_decay, *, initial_state, segments):
+    return "sums without decay only" if segments is not None or log_decay.any() else None
+
+
+def scan_rows(rate: float = 0.0, **options) -> dict[str, Choice]:
+    u = torch.arange(12.0).view(1, 6, 2)
+    rows = explain(diagonal_scan, u, torch.full((2,), rate), **options)
+    return {row.backend: row for row in rows}
+
+
+@pytest.fixture
+def registered():
+    with register_backend("diagonal_scan", "cumsum", reversed_cumsum, needs_no_decay):
+        yield
+    assert "cumsum" not in scan_rows()
+
+
+def test_a_third_party_s_backend_is_explained_and_selected(registered):
+    rows = scan_rows()
+    assert [*rows] == ["cumsum", *BACKENDS]
+    assert (rows["cumsum"].chosen, rows["cumsum"].reason) == (True, "runs this call")
+    assert rows["torch"].reason == "accepts the call, but a faster backend comes first"
+    u = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    h, final = diagonal_scan(u, torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(h, u.cumsum(1))
+    torch.testing.assert_close(final, u.sum(1))
+    # Second derivatives are those of the torch path, whatever the backend's backward keeps.
+    (slope,) = torch.autograd.grad(h.square().sum(), u, create_graph=True)
+    assert torch.autograd.grad(slope.sum(), u)[0].isfinite().all()
+    # It is not asked about empty tensors.
+    assert diagonal_scan(u[:, :0], torch.zeros(3, dtype=torch.float64))[0].shape == (2, 0, 3)
+
+
+def test_a_third_party_s_backend_refuses_with_its_reason(registered):
+    rows = scan_rows(-1.0)
+    assert rows["cumsum"].reason == "sums without decay only"
+    assert rows["torch"].chosen
+    message = "'cumsum' was asked for and can't run this call: sums without decay only"
+    with pytest.raises(ValueError, match=message):
+        diagonal_scan(torch.zeros(1, 2, 3), -torch.ones(3), backend="cumsum")
+    with use_backend("cumsum"):
+        assert scan_rows()["cumsum"].chosen
+        with pytest.raises(ValueError, match="ssd: expected a backend that implements this"):
+            ssd(*arguments())
+
+
+@pytest.mark.parametrize(
+    ("before", "chosen", "reason"),
+    [
+        ("triton", "cumsum", "runs this call"),
+        ("torch", "cumsum", "runs this call"),
+        ("reference", "torch", "accepts the call, but a faster backend comes first"),
+    ],
+)
+def test_a_third_party_s_backend_has_its_place(before, chosen, reason):
+    options = {"before": before}
+    with register_backend("diagonal_scan", "cumsum", reversed_cumsum, needs_no_decay, **options):
+        rows = scan_rows()
+        assert list(rows)[list(rows).index("cumsum") + 1] == before
+        assert rows[chosen].chosen
+        assert rows["cumsum"].reason == reason
+        assert scan_rows(backend="cumsum")["cumsum"].chosen  # by name it runs anyway
+
+
+def test_a_third_party_s_backend_may_be_reserved():
+    options = {"reserve": lambda *_, **__: "takes a while to start"}
+    handle = register_backend("diagonal_scan", "cumsum", reversed_cumsum, **options)
+    assert scan_rows()["cumsum"].reason == "takes a while to start"
+    assert scan_rows(backend="cumsum")["cumsum"].chosen
+    handle.remove()
+    handle.remove()
+    assert [*scan_rows()] == list(BACKENDS)
+    with pytest.raises(ValueError, match="use_backend: unknown backend 'cumsum'"):
+        use_backend("cumsum").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("diagonal_scn", "mine"), "unknown operation 'diagonal_scn'.*mean 'diagonal_scan'"),
+        (("diagonal_scan", "torch"), "the name 'torch' is taken for diagonal_scan"),
+        (("diagonal_scan", "auto"), "the name 'auto' is taken"),
+    ],
+)
+def test_names_of_registrations(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        register_backend(*arguments, reversed_cumsum)
+    with pytest.raises(ValueError, match="before='torhc' is unknown.*did you mean 'torch'"):
+        register_backend("diagonal_scan", "mine", reversed_cumsum, before="torhc")
+
+
+def test_a_compiled_call_notices_a_new_backend():
+    compiled = torch.compile(diagonal_scan, backend="eager", fullgraph=True)
+    inputs = torch.randn(1, 5, 2), torch.zeros(2)
+    calls = []
+
+    def run(u, log_decay, *, initial_state, segments):
+        calls.append(u)
+        return reversed_cumsum(u, log_decay, initial_state=initial_state, segments=segments)
+
+    expected, _ = compiled(*inputs)
+    with register_backend("diagonal_scan", "cumsum", run):
+        torch.testing.assert_close(compiled(*inputs)[0], expected)
+        assert calls

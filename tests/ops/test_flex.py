@@ -19,9 +19,8 @@ from torch.nn.attention import flex_attention as library
 from torch.testing import assert_close
 
 from longctx_layers import explain
-from longctx_layers.ops import FarKeys, sparse_attention, triton_support
+from longctx_layers.ops import FarKeys, Pattern, availability, sparse_attention
 from longctx_layers.ops.attention import _operation, flex
-from longctx_layers.ops.segments import range_start
 
 LENGTHS = [1, 2, 5, 17, 63, 64, 65, 129, 200, 257]
 
@@ -49,11 +48,10 @@ def test_equal_in_float64(data):
 @given(data=st.data())
 def test_masks_are_those_of_every_score(data):
     case = data.draw(cases("sparse_attention", [1, 127, 128, 129, 300, 512]))
-    options = {"chunk_size": None, "chunk_shift": 0, "segments": None}
-    options |= build("sparse_attention", case, torch.float32)[1]
+    options = build("sparse_attention", case, torch.float32)[1]
     length, prefix, cpu = case["length"], case["prefix"], torch.device("cpu")
-    ranges = {name: options[name] for name in ("window_size", "chunk_size", "chunk_shift")}
-    first = range_start(length, options["segments"], prefix=prefix, device=cpu, **ranges)
+    pattern = Pattern(**{name: options[name] for name in Pattern._fields if name in options})
+    first = pattern.first_key(length, prefix, cpu)
     first = first.expand(case["batch"], -1)
     mask = flex.range_mask(first, prefix)
     shape = case["batch"], 1, length, prefix + length
@@ -116,16 +114,15 @@ def test_refuses_far_keys_on_a_cpu():
 
 
 def test_a_gpu_needs_triton_and_no_request(monkeypatch):
-    x = SimpleNamespace(
-        device=torch.device("cuda"), dtype=torch.float16, shape=(1, 2, 3, 16), numel=lambda: 96
-    )
-    monkeypatch.setattr(triton_support, "INSTALLED", False)
-    assert "longctx-layers[triton]" in flex.refuse(x, x, x, far=None, dropout_p=0.0)
-    monkeypatch.setattr(triton_support, "INSTALLED", True)
-    assert flex.refuse(x, x, x, far=None, dropout_p=0.0) is None
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, shape=(1, 2, 3, 16))
+    monkeypatch.setattr(availability, "INSTALLED", False)
+    assert "longctx-layers[triton]" in flex.refuse(x, x, x, Pattern(), far=None, dropout_p=0.0)
+    monkeypatch.setattr(availability, "INSTALLED", True)
+    assert flex.refuse(x, x, x, Pattern(), far=None, dropout_p=0.0) is None
     assert flex.reserve(x) is None
 
 
 def test_refuses_to_be_compiled_once_more(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert "outside of torch.compile" in flex.refuse(*tensors(), far=None, dropout_p=0.0)
+    with pytest.raises(ValueError, match="is not traced by torch.compile"):
+        sparse_attention(*tensors(), backend="flex")

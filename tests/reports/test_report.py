@@ -5,7 +5,6 @@ import json
 import os
 import re
 import runpy
-from argparse import Namespace
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +18,7 @@ from longctx_layers.data.tokenizers import ByteTokenizer, train_bpe
 from longctx_layers.evals.program.models import fingerprint
 from longctx_layers.evals.synthetic import main as evaluate
 from longctx_layers.reports.checkpoint import load
+from longctx_layers.reports.inputs import find_text
 from longctx_layers.reports.logs import Log
 from longctx_layers.testing import small_model
 from longctx_layers.training.checkpoints import read_checkpoint
@@ -35,6 +35,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def main():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("longctx_layers.reports.sections.speed.ROUNDS", 1)
+        patch.setattr("sys.argv", ["examples/report.py"])
         yield runpy.run_path(str(ROOT / "examples/report.py"))["main"]
 
 
@@ -179,7 +180,7 @@ def test_model_without_tokenizer_and_logs(main, here, tmp_path, capsys):
     assert "warning: No checkpoint has a tokenizer" in capsys.readouterr().err
     page = Page((tmp_path / "report.html").read_text())
     assert "No checkpoint has a tokenizer" in page.text
-    assert "Measured on the sequences of the task passkey" in page.text
+    assert "Measured on sequences of the task passkey" in page.text
     assert len(pictures(page)) == 2  # gates and speed
     assert "none found" in page.text
 
@@ -256,7 +257,7 @@ def test_streaming_that_is_no_result_is_said_to_be(here, slope):
         return " ".join(part for part in parts if isinstance(part, str))
 
     alone = said(one)
-    assert "behind 60 tokens the text is too short for a slope of the loss; perplexity" in alone
+    assert "after 60 tokens, the text is too short for a slope of the loss; perplexity" in alone
     assert "is at chance in streaming_ppl" in alone
     assert "tokenizers" not in alone
     assert "Wilson" not in alone
@@ -284,15 +285,13 @@ def test_rows_of_an_older_version(main, here, tmp_path, capsys, name):
         main(["--checkpoint_path", str(here), *flags, *QUICK])
     said = capsys.readouterr().err
     assert "passkey.jsonl: expected rows with" in said
-    assert f"got none for {name} in that of dpassm at length" in said
-    assert "run examples/evaluate.py again" in said
+    assert f"got none for {name} in the row of dpassm at length" in said
+    assert "and evaluate again" in said
 
 
-def test_data_of_the_training_that_are_gone(main, here):
+def test_data_of_the_training_that_are_gone(here):
     data = {"dataset_name": "local", "dataset_config": "gone"}
-    args = Namespace(checkpoints=load([here]), found_logs=[Log([], {"data": data})])
-    args.dataset_name = args.dataset_config = None
-    text, (said,) = main.__globals__["find_text"](args)
+    text, (said,) = find_text(load([here]), Log([], {"data": data}), None, None)
     assert text is None
     assert "as in --dataset_config=path/to/data" in said
 
@@ -382,7 +381,7 @@ def test_bad_checkpoint(main, here, tmp_path, capsys, spoil, message):
         ("--compare bare bare", "expected each checkpoint once"),
         ("--results .", "expected TASK.jsonl with rows of these checkpoints"),
         ("--results . . .", "one for each of 1"),
-        ("--logs .", "expected runs of examples/train.py"),
+        ("--logs .", "expected training runs with this model's options"),
         ("--seq_len 256 --max_len 128", "expected at most --max_len"),
         ("--documents 1", "expected at least 2"),
         ("--device tpu", "expected auto, cpu, cuda"),
@@ -407,5 +406,5 @@ def test_place_that_is_taken(main, here, tmp_path, capsys, taken):
     before = set(tmp_path.rglob("*"))
     with pytest.raises(SystemExit):
         main(["--checkpoint_path", str(here), "--output_dir", str(tmp_path), *QUICK])
-    assert "report.py: error: --output_dir: expected" in capsys.readouterr().err
+    assert "examples/report.py: error: --output_dir: expected" in capsys.readouterr().err
     assert set(tmp_path.rglob("*")) == before

@@ -18,7 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from longctx_layers.ops.attention import flash_support
+from longctx_layers.ops import operation
+from longctx_layers.ops.attention import flash
 
 
 class Problem:
@@ -217,7 +218,10 @@ def installed(version: int) -> Iterator[None]:
     before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
     try:
-        with mock.patch.object(flash_support, "choose", return_value=(version, None)):
+        with (
+            mock.patch.object(flash, "choose", return_value=(version, None)),
+            mock.patch.dict(operation.KINDS, flash=operation.Kind(eager=True)),
+        ):
             yield
     finally:
         # Not mock.patch.dict, which also forgets what torch imported in the meantime.

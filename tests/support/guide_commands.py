@@ -1,8 +1,9 @@
 """Every command of the training guide, with this project's names.
 
-`examples/train.py` stands for `-m efficient_longctx.training.train`, `examples/evaluate.py` for
-`-m efficient_longctx.evals.synthetic`, `examples/report.py` for `scripts/generate_report.py` and
-`longctx_layers` for `efficient_longctx.models.models`; `uv run` is left out. Nothing else was
+`-m longctx_layers.training.train` or `examples/train.py` is `-m efficient_longctx.training.train`
+of the guide, `-m longctx_layers.evals.synthetic` or `examples/evaluate.py` is
+`-m efficient_longctx.evals.synthetic`, `examples/report.py` is `scripts/generate_report.py`, and
+`longctx_layers` is `efficient_longctx.models.models`; `uv run` is left out. Nothing else was
 changed.
 """
 
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 
 class Fit(NamedTuple):
-    """A whole training command: where the guide has it, and its flags."""
+    """A whole training command: its section in the guide, and its flags."""
 
     section: str
     flags: tuple[str, ...]
@@ -26,17 +27,17 @@ class Flags(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """A whole evaluation command: where the guide has it, and its flags."""
+    """A whole evaluation command: its section in the guide, and its flags."""
 
     section: str
     flags: tuple[str, ...]
 
 
 class Other(NamedTuple):
-    """A command that is neither: what it is here, and what becomes of it.
+    """Another command of the guide: what it is here, and its outcome.
 
-    `kind` says how a test checks it: "python" runs the snippet, "make" looks for the target, "file"
-    for the program, "system" is no part of this project.
+    `kind` is how a test checks it: "python" runs the snippet, "make" looks for the target, "file"
+    for the program, "system" is not part of this project.
     """
 
     section: str
@@ -46,8 +47,8 @@ class Other(NamedTuple):
 
 
 def _model(size: str, block: str, **options: int) -> tuple[str, ...]:
-    given = {"num_params": size, "block": block, **options}
-    return tuple(f"--model.{name}={value}" for name, value in given.items())
+    flags = {"num_params": size, "block": block, **options}
+    return tuple(f"--model.{name}={value}" for name, value in flags.items())
 
 
 def _trainer(**options: object) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ _STAGES = (
 
 
 def _stages(section: str, block: str) -> list[Fit]:
-    found = []
+    commands = []
     for size, window, state, random, length, steps in _STAGES:
         options = {
             "dpassm": {"window_size": window, "ssm_state_dim": state},
@@ -88,8 +89,8 @@ def _stages(section: str, block: str) -> list[Fit]:
                 "n_global_tokens": 2,
             },
         }[block]
-        found.append(Fit(section, (*_model(size, block, **options), *_gpu(length, steps))))
-    return found
+        commands.append(Fit(section, (*_model(size, block, **options), *_gpu(length, steps))))
+    return commands
 
 
 def _pipeline() -> list[Fit]:

@@ -101,8 +101,7 @@ def fork(flags: list[str], log: Path, environment: dict[str, str]) -> int:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.argv = ["train.py", "fit", *flags]
-        cli.main()
+        cli.main(["fit", *flags])
         code = 0
     except SystemExit as error:
         print(error)

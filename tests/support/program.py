@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -44,15 +42,15 @@ def merged(*flags: str) -> list[str]:
 
 def fit(*flags: str) -> cli.CLI:
     """Run `fit` in this process and return its command line object with trainer and model."""
-    made = []
+    objects = []
 
-    class Kept(cli.CLI):
+    class Recorded(cli.CLI):
         def after_instantiate_classes(self) -> None:
-            made.append(self)
+            objects.append(self)
 
-    with _arguments(flags), mock.patch.object(cli, "CLI", Kept):
-        cli.main()
-    return made[0]
+    with mock.patch.object(cli, "CLI", Recorded):
+        cli.main(["fit", *flags])
+    return objects[0]
 
 
 def check(*flags: str) -> cli.CLI:
@@ -86,15 +84,15 @@ def scalars(root: Path, name: str = "train_loss", version: int | str = "*") -> d
     """A scalar by step from TensorBoard's files: of all runs in a folder, of which later ones win,
     or of one.
     """
-    found: dict[int, float] = {}
+    values: dict[int, float] = {}
     versions = root.glob(f"lightning_logs/version_{version}")
     versions = sorted(versions, key=lambda p: int(p.name[8:]))
     for version in versions:
         events = EventAccumulator(str(version))
         events.Reload()
         if name in events.Tags()["scalars"]:
-            found |= {event.step: event.value for event in events.Scalars(name)}
-    return found
+            values |= {event.step: event.value for event in events.Scalars(name)}
+    return values
 
 
 def local_wikitext(folder: Path) -> None:
@@ -128,9 +126,3 @@ def local_text(folder: Path) -> None:
     folder.mkdir(parents=True)
     for number in range(20):
         (folder / f"{number}.txt").write_text(f"a word and {number} others. " * 100)
-
-
-@contextmanager
-def _arguments(flags: Sequence[str]) -> Iterator[None]:
-    with mock.patch.object(sys, "argv", ["train.py", "fit", *flags]):
-        yield

@@ -10,10 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
-from support.program import SMALL, fit, merged, scalars
+from support.program import ROOT, SMALL, fit, merged, scalars
 
-from longctx_layers.training import checkpoints, cli
-from longctx_layers.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from longctx_layers.training import checkpoint_io, cli
+from longctx_layers.training.checkpoint_files import newest_checkpoint
+from longctx_layers.training.checkpoint_io import AtomicCheckpointIO
 from longctx_layers.training.module import LanguageModel
 
 FLAGS = merged(*SMALL, "--model.block=window", "--model.window_size=8", "--data.seq_len=16")
@@ -280,10 +281,10 @@ def test_validate_says_the_step_and_refuses_another_tokenizer(copied, capsys):
 
 def test_full_disk(copied, monkeypatch):
     def full(self, data):
-        self.failed = OSError(28, "No space left on device")
-        raise self.failed
+        self.error = OSError(28, "No space left on device")
+        raise self.error
 
-    monkeypatch.setattr(checkpoints._Writer, "write", full)
+    monkeypatch.setattr(checkpoint_io._Writer, "write", full)
     with pytest.raises(SystemExit) as error:
         fit(*merged(*FLAGS, "--trainer.max_steps=4", "--ckpt_path=last"))
     for part in ("step=00000004.ckpt", "No space left", "step=00000003.ckpt, is kept"):
@@ -300,7 +301,10 @@ def test_full_disk(copied, monkeypatch):
 def test_kill_campaign(kind):
     done = subprocess.run(
         [sys.executable, "-m", "support.kill_campaign", "--kinds", kind, "--kills", "4"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT / "tests",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 kills" in done.stdout

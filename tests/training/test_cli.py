@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from support.program import ROOT, SMALL, check, finish, fit, merged, scalars, start
 
 from longctx_layers.data.module import LongContextData
+from longctx_layers.training import cli as program
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +28,7 @@ def somewhere(tmp_path, monkeypatch):
         ("--model.windw_size=3", "Valid: --model.num_params --model.block --model.window_size"),
         ("--trainer.max_step=3", "did you mean --trainer.max_steps"),
         ("--data.seqlen=3", "did you mean --data.seq_len"),
+        ("--model.windw-size=3", "did you mean --model.window_size"),
         ("--model.window_size=0", "window_size: expected at least 1, got 0"),
         ("--model.block=dpasm", "unknown layer 'dpasm'; did you mean 'dpassm'.*'blade'"),
         ("--model.num_params=100m", "num_params: expected one of .*'150m'"),
@@ -43,7 +46,7 @@ def somewhere(tmp_path, monkeypatch):
         ("--trainer.strategy=deepspeed_stage_2", "deepspeed"),
         ("--trainer.strategy=nonsense", "nonsense"),
         ("--trainer.precision=3", "precision"),
-        ("--data.max_seq_len=128", "seq_len, max_seq_len: one option"),
+        ("--data.max_seq_len=128", "seq_len, max_seq_len: two names of one option"),
     ],
 )
 def test_error_before_any_data_is_touched(flag, message, capsys, monkeypatch):
@@ -74,7 +77,7 @@ def test_the_number_of_steps_must_be_known(flags, message, capsys, monkeypatch):
         fit(*flags)
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert said.count("error: --trainer.max_steps: expected a number, since the schedule") == 1
+    assert said.count("error: --trainer.max_steps: expected a number, since the learning rate") == 1
     assert message in said
 
 
@@ -95,7 +98,9 @@ def test_gpu_is_asked_for_and_absent(capsys, monkeypatch):
 def test_precision_16_on_a_cpu_is_bf16(capsys):
     cli = fit(*SMALL, "--trainer.precision=16")
     assert cli.trainer.precision == "bf16-mixed"
-    assert "--trainer.precision=16: bf16-mixed, as this runs on the CPU" in capsys.readouterr().out
+    assert (
+        "--trainer.precision=16: bf16-mixed, since this runs on the CPU" in capsys.readouterr().out
+    )
     assert scalars(Path("logs"))[2] > 0
 
 
@@ -155,11 +160,31 @@ def test_one_bar_or_plain_lines(flags, bar, capsys):
 
 
 def test_module_form_and_help(tmp_path):
-    command = [sys.executable, "-m", "examples.train", "fit", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    """From an empty folder, as with an installed wheel."""
+    command = [sys.executable, "-m", "longctx_layers.training.train", "fit", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    usage = " ".join(done.stdout.partition("\n\n")[0].split())
+    assert "usage: python -m longctx_layers.training.train [options] fit" in usage
     flags = [line for line in done.stdout.splitlines() if "--model." in line]
     for name in ("num_params", "block", "window_size", "n_global_tokens", "compile"):
         assert any(f"--model.{name} " in line for line in flags), name
+
+
+def test_script_is_the_same_program():
+    assert runpy.run_path(str(ROOT / "examples/train.py"))["main"] is program.main
+
+
+def test_name_of_another_program_that_calls_it(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--help"], prog="longctx train")
+    assert capsys.readouterr().out.startswith("usage: longctx train ")
+
+
+def test_hyphens_in_flags():
+    cli = check("--data.max-seq-len=96", "--model.window-size", "8", "--trainer.max-steps=7")
+    assert cli.datamodule.seq_len == 96
+    assert cli.model.block_kwargs == {"dpassm": {"window_size": 8}}
+    assert cli.trainer.max_steps == 7
 
 
 @pytest.mark.slow

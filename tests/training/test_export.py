@@ -10,12 +10,14 @@ from support.program import ROOT, SMALL, fit, merged
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import longctx_layers.hf  # noqa: F401  (so that transformers reads our models)
 from longctx_layers import LongContextLM
 from longctx_layers.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from longctx_layers.evals.program import models
 from longctx_layers.lm import pretrained
 from longctx_layers.reports.checkpoint import read
 from longctx_layers.testing import small_model
+from longctx_layers.training import export as export_program
 from longctx_layers.training.checkpoints import packed_tokenizer
 
 CHECKPOINT = ("--checkpoint", "logs/checkpoints/step=00000002.ckpt")
@@ -45,7 +47,8 @@ def test_export(export, tokenizer, tmp_path, monkeypatch, capsys):
     trained = cli.model.model.eval()
     with torch.no_grad():
         assert_close(model(torch.tensor([ids])), trained(torch.tensor([ids])))
-    export([*CHECKPOINT, "--output", "model"])  # the same again replaces it
+    # The same again replaces it; the flags have other names, too.
+    export(["--checkpoint_path", CHECKPOINT[1], "--output-dir=model"])
 
     # A place that holds anything else stays as it is.
     small_model("window").save_pretrained("other")
@@ -179,7 +182,7 @@ def test_errors(export, tmp_path, capsys):
         torch.save({"state_dict": {}, "longctx": saved}, tmp_path / f"climbing{number}.ckpt")
     for name, message in (
         ("none.ckpt", "expected a file"),
-        ("other.ckpt", "other.ckpt, which holds state_dict, and nothing of longctx; it is"),
+        ("other.ckpt", "other.ckpt, which holds state_dict, but no longctx; it is"),
         ("tensor.ckpt", "tensor.ckpt, which holds a Tensor; it is damaged or another program's"),
         ("empty.ckpt", "empty.ckpt, which is empty; it is damaged"),
         ("text.ckpt", "text.ckpt, which is cut short, or is no checkpoint"),
@@ -189,3 +192,10 @@ def test_errors(export, tmp_path, capsys):
             export(["--checkpoint", str(tmp_path / name), "--output", str(tmp_path / "model")])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_usage_errors_name_the_program(capsys):
+    with pytest.raises(SystemExit) as error:
+        export_program.main(["--checkpont", "a"], prog="longctx export")
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("longctx export: error: ")

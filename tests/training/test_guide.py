@@ -10,7 +10,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 from support.guide_commands import EVALUATIONS, FITS, FLAGS, OTHERS
-from support.guide_table import SHORTER, shrunk, shrunk_evaluation
+from support.guide_table import (
+    HEADING,
+    PAGE,
+    SHORTER,
+    rows,
+    shrunk,
+    shrunk_evaluation,
+    table_rows,
+)
 from support.program import (
     ROOT,
     SMALL,
@@ -26,8 +34,8 @@ from support.program import (
 
 from longctx_layers import create_model
 from longctx_layers.data.tokenizers import ByteTokenizer
-from longctx_layers.evals.program.options import check as check_evaluation
-from longctx_layers.evals.program.options import doubling, parser
+from longctx_layers.evals.program.options import parse as parse_evaluation
+from longctx_layers.evals.scoring import doubling
 from longctx_layers.evals.synthetic import main as evaluate
 
 ON_GPU = torch.cuda.is_available()
@@ -47,8 +55,9 @@ def test_command_is_accepted_as_written(command, capsys):
     flags = [f for f in command.flags if f != "--trainer.accelerator=gpu" or ON_GPU]
     cli = check(*flags)
     options = cli.model.hparams
-    given = dict(f.removeprefix("--model.").split("=") for f in flags if f.startswith("--model."))
-    assert {name: str(options[name]) for name in given} == given
+    model_flags = [f.removeprefix("--model.") for f in flags if f.startswith("--model.")]
+    expected = dict(flag.split("=") for flag in model_flags)
+    assert {name: str(options[name]) for name in expected} == expected
     steps = 1 if cli.trainer.fast_dev_run else re.search(r"max_steps=(\d+)", " ".join(flags))[1]
     assert cli.trainer.max_steps == int(steps)
     assert f"seq_len={cli.datamodule.seq_len}" in " ".join(flags)
@@ -115,23 +124,22 @@ def a_checkpoint(folder):
 @pytest.mark.parametrize("command", EVALUATIONS, ids=lambda one: " ".join(one.flags))
 def test_evaluation_is_accepted_as_written_and_runs(command, tmp_path, capsys):
     a_checkpoint(tmp_path / "path/to/checkpoint")
-    args = parser("").parse_args(command.flags)
     if ON_GPU:
-        check_evaluation(args)
+        parse_evaluation(command.flags)
     else:  # here, the whole command ends with a clear error
         with pytest.raises(ValueError, match="--device=cuda: torch .* finds no GPU"):
-            check_evaluation(args)
-        check_evaluation(parser("").parse_args([*command.flags, "--device", "cpu"]))
-    rows = evaluate(shrunk_evaluation(command.flags))
+            parse_evaluation(command.flags)
+        parse_evaluation([*command.flags, "--device", "cpu"])
+    measured = evaluate(shrunk_evaluation(command.flags))
     printed = capsys.readouterr().out
-    given = dict(zip(command.flags[::2], command.flags[1::2], strict=False))
-    assert rows[0]["task"] == given["--task"]
-    assert rows[0]["block"] == given.get("--block", "dpassm")
-    lengths = [int(given[name]) // SHORTER for name in ("--seq_len", "--max_len")]
-    assert [row["length"] for row in rows] == doubling(*lengths)
+    flags = dict(zip(command.flags[::2], command.flags[1::2], strict=False))
+    assert measured[0]["task"] == flags["--task"]
+    assert measured[0]["block"] == flags.get("--block", "dpassm")
+    lengths = [int(flags[name]) // SHORTER for name in ("--seq_len", "--max_len")]
+    assert [row["length"] for row in measured] == doubling(*lengths)
     trained = "path/to/checkpoint" in " ".join(command.flags)
     assert ("NOT TRAINED" in printed) != trained
-    assert all(row["trained"] == trained for row in rows)
+    assert all(row["trained"] == trained for row in measured)
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda one: one.command.strip()[:60])
@@ -200,9 +208,7 @@ def test_training_pipeline_runs_the_listed_commands(tmp_path):
 
 
 def test_committed_table_lists_every_command():
-    from support.guide_table import BEGIN, END, rows
-
-    page = (ROOT / "docs/training.md").read_text()
-    table = page.partition(BEGIN)[2].partition(END)[0]
-    commands = [row.split(" | ")[1] for row in table.strip().splitlines()[2:]]
+    commands = [command for command, _ in table_rows(PAGE.read_text())]
     assert commands == [command for _, command in rows()]
+    assert PAGE.read_text().startswith(HEADING)
+    assert "reports/training/guide.md" in (ROOT / "docs/training.md").read_text()

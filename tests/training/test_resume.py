@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.program import SMALL, fit, merged, scalars, start
 
-from longctx_layers.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from longctx_layers.training.checkpoint_files import newest_checkpoint
+from longctx_layers.training.checkpoint_io import AtomicCheckpointIO
 
 STEPS = 12
 CASES = {
@@ -77,7 +78,7 @@ def test_every_state_is_needed(tmp_path, monkeypatch):
 
 def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     code = (
-        "import torch; from longctx_layers.training.checkpoints import AtomicCheckpointIO\n"
+        "import torch; from longctx_layers.training.checkpoint_io import AtomicCheckpointIO\n"
         "io, n = AtomicCheckpointIO(), 0\n"
         "while True:\n"
         "    io.save_checkpoint({'n': n, 'x': torch.full((1 << 20,), n)}, 'run/c.ckpt')\n"
@@ -145,7 +146,7 @@ def test_loading_runs_no_code(tmp_path):
 def test_last_without_a_checkpoint_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert fit(*SMALL, "--ckpt_path=last").trainer.global_step == 2
-    assert "none under logs yet, so this run begins" in capsys.readouterr().out
+    assert "none under logs yet, so this run starts" in capsys.readouterr().out
     # A complete run ends at once.
     assert fit(*SMALL, "--ckpt_path=last").trainer.global_step == 2
 

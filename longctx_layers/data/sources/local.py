@@ -1,4 +1,4 @@
-"""Files of the user's: text, JSON, CSV, Parquet or Arrow, one or a folder of them."""
+"""The user's own files: text, JSON, CSV, Parquet or Arrow, one file or a folder of them."""
 
 from __future__ import annotations
 
@@ -10,34 +10,62 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from longctx_layers.data.files import (
-    DataError,
-    check_no_records,
-    failing_as,
-    kind_of,
-    lines,
-    text_file,
-)
+from longctx_layers.data.errors import DataError
+from longctx_layers.data.files import check_no_records, failing_as, kind_of, lines, text_file
+from longctx_layers.data.keys import content_key
+from longctx_layers.data.sources.base import Request, Source, from_generator
+from longctx_layers.data.sources.records import column_of, texts_of
 
-READING = "3"  # raised when the same files give other documents, so that older ones are not used
-LONGEST, SHORTEST = 1 << 20, 1 << 12  # characters of the documents that a text file is cut into
-PIECES = 64  # that a lone text file is cut into, where these limits let it
-SIDE_FILES = ("_SUCCESS", "_metadata", "_common_metadata")  # that others write beside Parquet
-SAVED, SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"  # `save_to_disk`
+READING = "3"  # to be raised when the same files give other documents: older caches are then unused
+# Characters of the documents that a long text file is cut into.
+LONGEST = 1 << 20
+SHORTEST = 1 << 12
+PIECES = 64  # of a lone text file, as far as these limits allow
+SIDE_FILES = ("_SUCCESS", "_metadata", "_common_metadata")  # Spark and others write them
+# Files that `save_to_disk` of `datasets` writes.
+SAVED_DATASET = ("state.json", "dataset_info.json")
+SAVED_SPLITS = "dataset_dict.json"
+
+
+def check(config: str | None) -> None:
+    """See `Reader`; the config is a path."""
+    if config is None or not Path(config).expanduser().exists():
+        raise ValueError(
+            "dataset_config: for local expected the path of a file or folder, as in "
+            f"--data.dataset_config=path/to/data, got {config!r}"
+        )
+
+
+def open_source(request: Request) -> Source:
+    """See `Reader`."""
+    text_column = request.text_column
+    opened = {}
+    keys = [text_column or ""]
+    for name, part in parts(Path(str(request.config)).expanduser()).items():
+        paths, kind = find(part)
+        keys += [name, fingerprint(paths, part)]
+        if kind == "text":
+            opened[name] = from_generator(documents, paths, lone=len(paths) == 1)
+        else:
+            column = column_of(paths, kind, text_column)
+            guessed = column not in (text_column, "text")
+            opened[name] = from_generator(
+                texts_of, paths, kind=kind, column=column, guessed=guessed
+            )
+    return Source(opened["train"], opened.get("validation"), content_key(*keys))
 
 
 def parts(path: Path) -> dict[str, Path]:
-    """Where the documents to train on are, `train`, and where those to validate on, `validation`.
+    """The places of the documents: to train on, `train`, and to validate on, `validation`.
 
-    All of them are to train on, but for a folder that the `DatasetDict.save_to_disk` of `datasets`
-    wrote.
+    All documents are to train on, unless `DatasetDict.save_to_disk` of `datasets` wrote the folder.
 
     Raises:
         DataError: if such a folder has no part `train`.
     """
-    if not (path / SPLITS).is_file():
+    if not (path / SAVED_SPLITS).is_file():
         return {"train": path}
-    splits = json.loads((path / SPLITS).read_text())["splits"]
+    splits = json.loads((path / SAVED_SPLITS).read_text())["splits"]
     used = {name: path / name for name in ("train", "validation") if name in splits}
     if "train" not in used:
         raise DataError(
@@ -50,39 +78,39 @@ def parts(path: Path) -> dict[str, Path]:
 
 
 def find(path: Path) -> tuple[list[Path], str]:
-    """The files to read, and of which kind all of them are, see `files.kind_of`.
+    """The files to read, and their common kind, see `files.kind_of`.
 
-    Hidden files are not read. Beside other kinds, text (a README) is not read either; a warning
-    names it.
+    Hidden files are not read. Text next to files of another kind (a README) is not read either; a
+    warning names it.
 
     Raises:
-        DataError: if there are no files, or of several kinds, or some that cannot be read.
+        DataError: if there are no files, or files of several kinds, or one that cannot be read.
     """
-    found: dict[str, list[Path]] = {}
-    for one in [path] if path.is_file() else sorted(_files_under(path)):
-        found.setdefault(kind_of(one), []).append(one)
-    beside = found.pop("text", []) if len(found) > 1 else []
-    if len(found) != 1:
+    by_kind: dict[str, list[Path]] = {}
+    for file in [path] if path.is_file() else sorted(_files_under(path)):
+        by_kind.setdefault(kind_of(file), []).append(file)
+    ignored = by_kind.pop("text", []) if len(by_kind) > 1 else []
+    if len(by_kind) != 1:
         raise DataError(
             f"dataset_config: expected text, JSON, CSV, Parquet or Arrow files under {path}, found "
-            + (f"both {' and '.join(sorted(found))}; keep them apart" if found else "none")
+            + (f"both {' and '.join(sorted(by_kind))}; keep them apart" if by_kind else "none")
         )
-    if beside:
-        names = ", ".join(str(one.relative_to(path)) for one in beside[:5])
+    if ignored:
+        names = ", ".join(str(file.relative_to(path)) for file in ignored[:5])
         warnings.warn(
-            f"{path}: {len(beside)} files beside the data are not read ({names}"
-            + (", ...)" if len(beside) > 5 else ")"),
+            f"{path}: text next to the data is not read ({names}"
+            + (", ...)" if len(ignored) > 5 else ")"),
             stacklevel=2,
         )
-    ((kind, paths),) = found.items()
+    ((kind, paths),) = by_kind.items()
     if kind == "text":
-        for one in paths:
-            check_no_records(one)
+        for file in paths:
+            check_no_records(file)
     return paths, kind
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those in it, also of those that links lead to."""
+    """The files in a folder and its subfolders; symbolic links are followed."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place)
@@ -97,8 +125,8 @@ def _files_under(folder: Path) -> Iterator[Path]:
                 "versions; export it to Parquet"
             )
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
-        if all(name in names for name in SAVED):
-            state = json.loads((here / SAVED[0]).read_text())
+        if all(name in names for name in SAVED_DATASET):
+            state = json.loads((here / SAVED_DATASET[0]).read_text())
             names = [file["filename"] for file in state["_data_files"]]
         for name in names:
             if name.startswith(".") or name in SIDE_FILES:
@@ -109,9 +137,9 @@ def _files_under(folder: Path) -> Iterator[Path]:
 
 
 def documents(path: Path, lone: bool) -> Iterator[str]:
-    """A text file: one document, or several where it is long or `lone`, cut at ends of lines.
+    """The documents of a text file: one, or several if it is long or `lone`, cut at ends of lines.
 
-    A lone file is cut because one document cannot be split into training and validation.
+    A lone file is cut, because one document cannot be split into training and validation.
 
     Raises:
         DataError: if it is not in UTF-8, or in what its byte-order mark says.
@@ -125,18 +153,18 @@ def documents(path: Path, lone: bool) -> Iterator[str]:
                 while piece := file.read(longest):
                     yield piece + file.readline(longest)
         except UnicodeError:
-            deque(lines(path), maxlen=0)  # raises, and knows the line
+            deque(lines(path), maxlen=0)  # raises an error that names the line
             raise
 
 
 def fingerprint(paths: list[Path], root: Path) -> str:
     """Equal for equal files with equal names under `root`."""
-    whole = hashlib.blake2b(READING.encode(), digest_size=16)
+    all_files = hashlib.blake2b(READING.encode(), digest_size=16)
     for path in paths:
-        whole.update(os.fsencode(path.relative_to(root)) + b"\0")
-        one = hashlib.blake2b()
+        all_files.update(os.fsencode(path.relative_to(root)) + b"\0")
+        content = hashlib.blake2b()
         with path.open("rb") as file:
             while piece := file.read(1 << 20):
-                one.update(piece)
-        whole.update(one.digest())
-    return whole.hexdigest()
+                content.update(piece)
+        all_files.update(content.digest())
+    return all_files.hexdigest()

@@ -1,24 +1,22 @@
-"""Tables, as Parquet and Arrow have them: their columns and what is in one of them."""
+"""Parquet and Arrow files: their columns, and the values of one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from longctx_layers.data.errors import DataError
 from longctx_layers.data.files import compression, failing_as, kind_of, opened
+from longctx_layers.data.sources.columns import READABLE, missing
 
-LONGEST_NAME = 80  # of a column, in a message
 ROWS_AT_ONCE = 128
-READABLE = ("string", "bytes", "null")
 
 
 def table_columns(path: Path) -> dict[str, str]:
-    """The columns of a table with their types, `string` for any of Arrow's for text.
+    """The columns of a table with their types; any of Arrow's types for text is `string`.
 
-    None for a table without rows, whose types say nothing of the other files.
+    Empty for a table without rows: its types say nothing about the other files.
     """
     schema, batches = _opened_table(path, None)
     with failing_as(path, "a whole file"):
@@ -28,7 +26,7 @@ def table_columns(path: Path) -> dict[str, str]:
 
 
 def _opened_table(path: Path, column: str | None) -> tuple[Any, Iterator[Any]]:
-    """A file's schema, and its batches; of Parquet with that column alone, or none."""
+    """A file's schema and its batches; batches of Parquet have only that column, or none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -40,9 +38,9 @@ def _opened_table(path: Path, column: str | None) -> tuple[Any, Iterator[Any]]:
         else:
             source = pa.memory_map(str(path))
         if kind == "parquet":
-            whole = pq.ParquetFile(source)
+            parquet = pq.ParquetFile(source)
             columns = [] if column is None else [column]
-            return whole.schema_arrow, whole.iter_batches(ROWS_AT_ONCE, columns=columns)
+            return parquet.schema_arrow, parquet.iter_batches(ROWS_AT_ONCE, columns=columns)
         try:
             stored = pa.ipc.open_file(source)
         except pa.ArrowInvalid:
@@ -104,16 +102,3 @@ def table_values(path: Path, column: str) -> Iterator[tuple[str, Any]]:
             for value in values:
                 row += 1
                 yield f"{path}, row {row}", value
-
-
-def missing(path: Path, column: str, names: Any) -> DataError:
-    """The error of a file without the column that the others have."""
-    return DataError(
-        f"{path}: expected a column {column!r} as in the other files, got "
-        f"{', '.join(map(short, islice(names, 20)))}; rename it, or keep the file elsewhere"
-    )
-
-
-def short(name: str) -> str:
-    """A column's name, or the beginning of what was taken for one."""
-    return name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "..."

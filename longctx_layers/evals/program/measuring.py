@@ -1,175 +1,258 @@
-"""From settled flags to rows: what is missing is measured, and each row is kept at once."""
+"""From options to results: what is missing is measured, and every row is written at once."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from longctx_layers import LongContextLM
-from longctx_layers.evals import Score, Task, evaluate, needle_grid, reach, wilson
+from longctx_layers.evals import Passkey, Score, Task, evaluate, needle_grid, reach, wilson
 from longctx_layers.evals.program import streaming
 from longctx_layers.evals.program.models import Loaded, build, load, own
-from longctx_layers.evals.program.options import NEEDLE, STREAMING, make_task
-from longctx_layers.evals.program.plan import Plan, bar, is_trained, row_of
-from longctx_layers.evals.program.rows import Rows, key_of
+from longctx_layers.evals.program.options import Options, task_class
+from longctx_layers.evals.program.plan import Measurement, Plan, bar, row_of
+from longctx_layers.evals.program.rows import Row, detailed_rows, key_of, rows_by_length
 from longctx_layers.evals.program.table import warn_untrained
 from longctx_layers.evals.program.task_training import Recipe, train
+from longctx_layers.evals.tasks.base import STREAMING
 from longctx_layers.files import check_targets
 
-FURTHER = ".ndjson"  # of rows that are no rows of length
 MOST_PLACES = 64
+DEFAULT_CHUNK = 128  # for models without chunks or windows
 
 
-def settle(args: argparse.Namespace) -> Plan:
-    """Load or build the model and check that all fits, before any work.
+def settle(options: Options) -> Plan:
+    """Load or build the model and check that everything fits, before any work.
 
     Raises:
-        OSError, ValueError, TypeError: for what does not.
+        OSError, ValueError, TypeError: if it does not.
     """
-    if args.checkpoint is not None:
-        loaded = load(args.checkpoint)
-        if args.block not in (None, loaded.block):
-            raise ValueError(
-                f"--block: the checkpoint's is {loaded.block}, got {args.block}; leave it out"
-            )
-        args.block = loaded.block
-    elif args.task == STREAMING:
-        loaded = streaming.untrained(args)
+    loaded = _model(options)
+    measurement: Measurement
+    if options.task == STREAMING:
+        measurement = streaming.StreamMeasurement(streaming.prepare(options, loaded))
     else:
-        loaded = own(build(args.block, args.options, args.num_params, seed=args.seed))
-    args.chunk_of_model = _chunk(loaded.model)
-    task = text = None
-    if args.task == STREAMING:
-        text = streaming.prepare(args, loaded)
-    else:
-        task = make_task(args, loaded.vocabulary, reach(loaded.model))
-    if args.output_dir is None:
-        args.output_dir = Path("reports/evaluation")
-        if args.checkpoint is not None:
-            args.output_dir /= folder_name(args.checkpoint)
-    check_targets(args.output_dir, [f"{args.task}.jsonl", f"models/{args.task}"])
-    key = key_of(_settings(args, loaded, task, text))
-    folder, names = args.output_dir, ("task", "block", "length")
-    rows = Rows(folder / f"{args.task}.jsonl", names)
-    ending, place = ("depths", "depth") if args.task == NEEDLE else ("places", "place")
-    further = Rows(folder / f"{args.task}_{ending}{FURTHER}", (*names, place))
-    if others := rows.others(args.block, key):
-        if not args.overwrite:
+        task = make_task(options, loaded)
+        measurement = TaskMeasurement(task)
+        if options.task != task.name:
+            assert isinstance(task, Passkey)
+            measurement = NeedleMeasurement(task)
+    folder = options.output_dir
+    if folder is None:
+        folder = Path("reports/evaluation")
+        if options.checkpoint is not None:
+            folder /= folder_name(options.checkpoint)
+    check_targets(folder, [f"{options.task}.jsonl", f"models/{options.task}"])
+    key = key_of(_settings(options, loaded, measurement))
+    rows = rows_by_length(folder, options.task)
+    details = detailed_rows(folder, options.task)
+    if others := rows.others(loaded.block, key):
+        if not options.overwrite:
             raise ValueError(
-                f"{rows.path}: it has {len(others)} rows of {args.block} with other settings; "
+                f"{rows.path}: it has {len(others)} rows of {loaded.block} with other settings; "
                 "choose another --output_dir, or replace them with --overwrite"
             )
-        for file in (rows, further):
-            file.drop(args.block)
-    return Plan(args, loaded, task, key, rows, further, text)
+        for file in (rows, details):
+            file.drop(loaded.block)
+    return Plan(options, loaded, measurement, key, rows, details)
 
 
-def measure(plan: Plan) -> list[dict[str, Any]]:
-    """The rows by length: those that are there, and those that are measured now."""
-    args = plan.args
-    done = [plan.rows.get(args.task, args.block, length) for length in args.lengths]
-    if all(done):
-        print(f"{plan.rows.path}: all {len(done)} rows are there already")
-        return [row for row in done if row]
-    model = _trained(plan).to(args.device)
-    if not is_trained(args):
-        warn_untrained()
-    if plan.task is None:
-        streaming.measure(plan, model)
-    else:
-        for length, row in zip(args.lengths, done, strict=True):
-            if row is None:
-                _measure_length(plan, model, length)
-    found = [plan.rows.get(args.task, args.block, length) for length in args.lengths]
-    return [row for row in found if row is not None]
-
-
-def _measure_length(plan: Plan, model: LongContextLM, length: int) -> None:
-    args, task = plan.args, plan.task
-    assert task is not None
-    grid: dict[float | None, Any] = {None: task}
-    if args.task == NEEDLE:
-        grid = dict(needle_grid(args.depths, task))
-    begin = time.perf_counter()
-    scores: dict[float | None, Score] = {}
-    with bar(plan, len(grid) * args.n * length, f"{length:,}") as shown:
-        for depth, one in grid.items():
-            scores[depth] = evaluate(
-                model,
-                one,
-                length,
-                n=args.n,
-                batch_size=args.batch_size,
-                seed=args.seed,
-                probe=not args.no_probe,
-                tokens_at_once=args.tokens_at_once,
-                progress=shown.update,
+def _model(options: Options) -> Loaded:
+    if options.checkpoint is not None:
+        loaded = load(options.checkpoint)
+        if options.block not in (None, loaded.block):
+            raise ValueError(
+                f"--block: expected {loaded.block}, which the checkpoint has, got "
+                f"{options.block}; omit it"
             )
-    seconds = time.perf_counter() - begin
-    whole = _together(list(scores.values()))
-    row = row_of(plan, length, whole, seconds)
-    name = {"task": args.task, "block": args.block, "length": length}
-    if args.task == NEEDLE:
-        further = [
-            {**name, "depth": depth, **_fields(score), "key": plan.key}
-            for depth, score in scores.items()
-        ]
-    else:
-        further = [
-            {**name, "place": place, "accuracy": accuracy, "loss": loss, "n": n, "key": plan.key}
-            for place, (accuracy, loss, n) in _some(scores[None].by_place)
-        ]
-    plan.further.add(*further)
-    plan.rows.add(row)  # last: with it, the length is done
+        return loaded
+    if options.task == STREAMING:
+        return streaming.untrained(options)
+    assert options.block is not None
+    return own(build(options.block, options.block_options, options.num_params, seed=options.seed))
 
 
-def _some(by_place: dict[int, Any]) -> list[tuple[int, Any]]:
-    """At most `MOST_PLACES` of the places, evenly."""
-    return list(by_place.items())[:: math.ceil(len(by_place) / MOST_PLACES)]
+def make_task(options: Options, loaded: Loaded) -> Task:
+    """The task as it suits the model.
+
+    Unless it is given, `distance` is larger than what the stacked windows see, or as large as the
+    shortest length permits.
+
+    Raises:
+        ValueError: for options that are impossible, or a shortest length that is too short.
+    """
+    kind = task_class(options.task)
+    assert kind is not None
+    task = kind.for_model(loaded.vocabulary, _chunk(loaded.model), **options.knobs)
+    shortest = options.shortest
+    if options.train_steps:
+        shortest = min(shortest, options.train_len)
+    if "distance" not in options.knobs:
+        windows = reach(loaded.model)
+        beyond = 0 if windows is None else windows + 1
+        task = dataclasses.replace(task, distance=beyond)
+        surplus = max(0, task.shortest - shortest)
+        task = dataclasses.replace(task, distance=max(0, beyond - surplus))
+    if task.shortest > shortest:
+        raise ValueError(
+            f"--seq_len: expected at least the {task.shortest} tokens that {task.name} needs "
+            f"(distance {task.distance}), got {shortest}; make it larger, or --distance smaller"
+        )
+    return task
 
 
-def _together(scores: list[Score]) -> dict[str, Any]:
-    """One score of several that were measured on as many sequences each."""
-    mean = {
-        name: sum(getattr(s, name) for s in scores) / len(scores) for name in ("accuracy", "loss")
+def _chunk(model: LongContextLM) -> int:
+    """The size of the model's chunks or windows."""
+    sizes = [mixer.reach for mixer in model.mixers()]
+    return max((size for size in sizes if size is not None), default=DEFAULT_CHUNK)
+
+
+def _settings(options: Options, loaded: Loaded, measurement: Measurement) -> dict[str, Any]:
+    """All that a row depends on, apart from its length."""
+    settings: dict[str, Any] = {
+        "model": loaded.fingerprint,
+        "task": options.task,
+        "n": options.n,
+        "seed": options.seed,
+        "probe": options.probe,
+        **measurement.settings(options),
     }
-    zeroed = [s.accuracy_state_zeroed for s in scores]
-    n = sum(s.n for s in scores)
-    low, high = wilson(mean["accuracy"] * n, n)
+    if options.train_steps:
+        settings["training"] = (options.train_steps, options.train_len, options.learning_rate)
+    return settings
+
+
+def measure(plan: Plan) -> list[Row]:
+    """The rows by length: those that exist, and those that are measured now."""
+    if not plan.missing():
+        print(f"{plan.rows.path}: all {len(plan.options.lengths)} rows exist already")
+        return plan.results()
+    model = _trained(plan).to(plan.options.device)
+    if not plan.options.is_trained:
+        warn_untrained()
+    plan.measurement.measure(plan, model)
+    return plan.results()
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskMeasurement(Measurement):
+    """The accuracy of a memory task, length by length."""
+
+    task: Task
+
+    def settings(self, options: Options) -> dict[str, Any]:
+        fields = dataclasses.fields(self.task)
+        knobs = {field.name: getattr(self.task, field.name) for field in fields}
+        knobs["vocabulary"] = dataclasses.asdict(self.task.vocabulary)
+        return {"knobs": knobs}
+
+    def measure(self, plan: Plan, model: LongContextLM) -> None:
+        for length in plan.missing():
+            begin = time.perf_counter()
+            with bar(plan, self.sequences(plan.options) * length, f"{length:,}") as shown:
+                score, details = self.score(plan, model, length, shown)
+            row = row_of(plan, length, score, time.perf_counter() - begin)
+            names = plan.names(length)
+            plan.details.add(*({**names, **detail, "key": plan.key} for detail in details))
+            plan.rows.add(row)  # last, because it marks the length as done
+
+    def sequences(self, options: Options) -> int:
+        """Number of sequences of a length."""
+        return options.n
+
+    def score(
+        self, plan: Plan, model: LongContextLM, length: int, shown: tqdm[Any]
+    ) -> tuple[dict[str, Any], list[Row]]:
+        """The score at one length, and the same in detail."""
+        score = _evaluate(plan, model, self.task, length, shown)
+        step = math.ceil(len(score.by_place) / MOST_PLACES)
+        places = list(score.by_place.items())[::step]
+        return _fields(score), [
+            {"place": place, "accuracy": accuracy, "loss": loss, "n": n}
+            for place, (accuracy, loss, n) in places
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleMeasurement(TaskMeasurement):
+    """The accuracy of passkey at a grid of depths, length by length."""
+
+    task: Passkey
+
+    def settings(self, options: Options) -> dict[str, Any]:
+        return {**super().settings(options), "depths": options.depths}
+
+    def sequences(self, options: Options) -> int:
+        return options.depths * options.n
+
+    def score(
+        self, plan: Plan, model: LongContextLM, length: int, shown: tqdm[Any]
+    ) -> tuple[dict[str, Any], list[Row]]:
+        grid = needle_grid(plan.options.depths, self.task)
+        scores = {
+            depth: _evaluate(plan, model, task, length, shown) for depth, task in grid.items()
+        }
+        details = [{"depth": depth, **_fields(score)} for depth, score in scores.items()]
+        return _together(list(scores.values())), details
+
+
+def _evaluate(plan: Plan, model: LongContextLM, task: Task, length: int, shown: tqdm[Any]) -> Score:
+    options = plan.options
+    return evaluate(
+        model,
+        task,
+        length,
+        n=options.n,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        probe=options.probe,
+        tokens_at_once=options.tokens_at_once,
+        progress=shown.update,
+    )
+
+
+def _together(scores: Sequence[Score]) -> dict[str, Any]:
+    """One score from several that were measured on equally many sequences."""
+    accuracy = sum(score.accuracy for score in scores) / len(scores)
+    zeroed = [s.accuracy_state_zeroed for s in scores if s.accuracy_state_zeroed is not None]
+    n = sum(score.n for score in scores)
+    low, high = wilson(accuracy * n, n)
     return {
         **_fields(scores[0]),
-        **mean,
+        "accuracy": accuracy,
+        "loss": sum(score.loss for score in scores) / len(scores),
         "n": n,
         "low": low,
         "high": high,
-        "accuracy_state_zeroed": None if None in zeroed else sum(zeroed) / len(zeroed),
+        "accuracy_state_zeroed": sum(zeroed) / len(scores) if zeroed else None,
     }
 
 
 def _fields(score: Score) -> dict[str, Any]:
-    values = dataclasses.asdict(score)
-    values.pop("by_place")
-    return values
+    return {name: value for name, value in vars(score).items() if name != "by_place"}
 
 
 def _trained(plan: Plan) -> LongContextLM:
-    """The model, trained on the task first if that was asked for; kept for the next time."""
-    args, model = plan.args, plan.loaded.model
-    if not args.train_steps:
+    """The model, first trained on the task if the flags ask for it; training is done once."""
+    options = plan.options
+    model = plan.loaded.model
+    if not options.train_steps:
         return model
-    folder = args.output_dir / "models" / f"{args.task}-{args.block}-{plan.key}"
+    name = f"{options.task}-{plan.loaded.block}-{plan.key}"
+    folder = plan.rows.path.parent / "models" / name
     if (folder / "config.json").is_file():
         print(f"trained already: {folder}")
         return LongContextLM.from_pretrained(folder)
-    recipe = Recipe(args.train_steps, args.train_len, learning_rate=args.learning_rate)
-    label = f"training {args.task} {args.block}"
-    model.to(args.device)
+    assert isinstance(plan.measurement, TaskMeasurement)
+    recipe = Recipe(options.train_steps, options.train_len, learning_rate=options.learning_rate)
+    label = f"training {options.task} {plan.loaded.block}"
+    model.to(options.device)
     with tqdm(total=recipe.steps, desc=label, unit="step", disable=None) as shown:
 
         def progress(step: int, loss: float, accuracy: float) -> None:
@@ -178,43 +261,15 @@ def _trained(plan: Plan) -> LongContextLM:
             if shown.disable and step % max(1, recipe.steps // 10) == 0:
                 print(f"{label}: step {step}, loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
 
-        assert plan.task is not None
-        train(model, plan.task, recipe, seed=args.seed, progress=progress)
+        train(model, plan.measurement.task, recipe, seed=options.seed, progress=progress)
     if plan.loaded.tokenizer is not None:
         plan.loaded.tokenizer.save(folder)
-    model.save_pretrained(folder)  # last: with it, the training is done
+    model.save_pretrained(folder)  # last, because it marks the training as done
     return model
 
 
-def _settings(args: argparse.Namespace, loaded: Loaded, task: Task | None, text: Any) -> Any:
-    """All that a row depends on but for its length."""
-    settings: dict[str, Any] = {
-        "model": loaded.fingerprint,
-        "task": args.task,
-        "n": args.n,
-        "seed": args.seed,
-        "probe": not args.no_probe,
-    }
-    if task is not None:
-        settings["knobs"] = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
-        settings["knobs"]["vocabulary"] = dataclasses.asdict(task.vocabulary)
-    if args.task == NEEDLE:
-        settings["depths"] = args.depths
-    if args.train_steps:
-        settings["training"] = (args.train_steps, args.train_len, args.learning_rate)
-    if text is not None:
-        settings["text"] = (args.rotations, args.seq_len, args.max_len, text.fingerprint)
-    return settings
-
-
-def _chunk(model: LongContextLM) -> int:
-    """The model's chunk, or window; 128 for one that has neither."""
-    sizes = [block.mixer.reach for block in model.blocks]
-    return max((size for size in sizes if size is not None), default=128)
-
-
 def folder_name(path: Path) -> str:
-    """A folder's name for a checkpoint: its own, with that of its run."""
+    """A folder name for a checkpoint: its own, preceded by that of its run."""
     path = path.resolve()
     if path.parent.name == "checkpoints":
         return f"{path.parents[1].name}-{path.stem}"

@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longctx_layers import LongContextLM, ModelConfig, create_model
 from longctx_layers.evals import SYNTHETIC, Vocabulary, text_vocabulary
 
+if TYPE_CHECKING:
+    from longctx_layers.data.tokenizers import Tokenizer
+    from longctx_layers.training.checkpoints import Trained
+
 MINI = "mini"
 MINI_PARAMETERS = 128_000
-_MINI_SHAPE = {"d_model": 64, "n_layers": 2, "n_heads": 4}
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Loaded:
-    """A model with what its ids mean.
+    """A model and the meaning of its token ids.
 
     Attributes:
         block: the names of its layers, joined by `+` for a hybrid.
-        vocabulary: of the memory tasks, in the model's ids.
-        tokenizer: of text; None for a model whose ids are the tasks' own.
-        tokenizer_name: for the data module: `bytes`, or a folder; None likewise.
+        vocabulary: for the memory tasks, in the model's ids.
         fingerprint: equal for equal weights.
-        order: what the order of its training data depended on, their split among it; empty where
-            that is not known.
-        folder: keeps the tokenizer's files for as long as they are needed.
+        tokenizer: of text; None for a model whose ids are the tasks' own.
+        tokenizer_name: for the data module: `bytes` or a folder; None without a tokenizer.
+        order: the settings that the order and the split of its training data depended on; empty if
+            they are not known.
+        trained: what it was loaded from, which keeps the tokenizer's files for as long as they are
+            needed; None for a model that was built.
     """
 
     model: LongContextLM
     block: str
     vocabulary: Vocabulary
-    tokenizer: Any
-    tokenizer_name: str | None
     fingerprint: str
-    folder: Any = None
+    tokenizer: Tokenizer | None = None
+    tokenizer_name: str | None = None
     order: Mapping[str, Any] = field(default_factory=dict)
+    trained: Trained | None = None
 
 
 def build(
@@ -53,21 +55,30 @@ def build(
     vocab_size: int = SYNTHETIC.size,
     seed: int = 0,
 ) -> LongContextLM:
-    """A model with random weights: of a named size, or the small one for trials on tasks.
+    """A model with random weights, of a named size or the small size for memory tasks.
 
-    `mini` has 2 layers of width 64 and 128,000 parameters within 1 %, whatever the block.
+    `mini` has 2 layers of width 64 and, whatever the block, 128,000 parameters within 1 %.
 
     Raises:
-        ValueError, TypeError: for options that do not fit the block.
+        ValueError, TypeError: for options that the block does not accept.
+
+    >>> model = build("dpassm", {"window_size": 16})
+    >>> len(model.blocks)
+    2
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if num_params != MINI:
             return create_model(vocab_size, num_params, block, options)
         config = ModelConfig(
-            vocab_size=vocab_size, pattern=(block,), block_kwargs=dict(options), ffn_dim=1,
-            **_MINI_SHAPE,
-        )  # fmt: skip
+            vocab_size=vocab_size,
+            pattern=(block,),
+            block_kwargs=dict(options),
+            ffn_dim=1,
+            d_model=64,
+            n_layers=2,
+            n_heads=4,
+        )
         counts = LongContextLM(config, device="meta").parameter_counts()
         fixed = sum(counts.values()) - counts["ffn"]
         width = round((MINI_PARAMETERS - fixed) / counts["ffn"])
@@ -80,62 +91,48 @@ def build(
 
 
 def load(path: Path) -> Loaded:
-    """A checkpoint of examples/train.py, or a folder that `save_pretrained` wrote.
+    """A training checkpoint, or a folder that `save_pretrained` wrote.
 
     Raises:
         FileNotFoundError, ValueError: if it is neither, or damaged.
     """
-    if path.is_dir():
-        model, folder, order = LongContextLM.from_pretrained(path), None, {}
-        has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
-        place = path if has_tokenizer else None
-    else:
-        # Imports lightning: only where needed.
-        from longctx_layers.training.checkpoints import model_of, read_content, unpack_tokenizer
+    from longctx_layers.training.checkpoints import load_trained
 
-        content = read_content(path)
-        model, files = model_of(content, path)
-        order = content["LongContextData"]["order"]
-        folder = tempfile.TemporaryDirectory()
-        place = Path(folder.name)
-        unpack_tokenizer(files, place)
-    return replace(_with_tokenizer(model, place, folder), order=order)
-
-
-def own(model: LongContextLM) -> Loaded:
-    """A model whose ids are the tasks' own."""
-    return _with_tokenizer(model, None, None)
-
-
-def _with_tokenizer(model: LongContextLM, place: Path | None, folder: Any) -> Loaded:
-    size = model.config.vocab_size
-    tokenizer = name = None
-    if place is not None:
-        from longctx_layers.data.tokenizers import ByteTokenizer, load_tokenizer
-
-        tokenizer = load_tokenizer(place)
-        name = "bytes" if isinstance(tokenizer, ByteTokenizer) else str(place)
-        vocabulary = text_vocabulary(tokenizer.encode, tokenizer.decode, tokenizer.vocab_size)
-    elif size >= SYNTHETIC.size:
-        vocabulary = SYNTHETIC
-    else:
-        raise ValueError(
-            f"model: it has no tokenizer, and with {size} ids too few for the tasks' own "
-            f"{SYNTHETIC.size}; save its tokenizer into its folder"
-        )
-    return Loaded(
-        model,
-        "+".join(dict.fromkeys(model.config.pattern)),
-        vocabulary,
-        tokenizer,
-        name,
-        fingerprint(model),
-        folder,
+    trained = load_trained(path)
+    loaded = own(trained.model, vocabulary=_text_vocabulary(trained.tokenizer))
+    return replace(
+        loaded,
+        tokenizer=trained.tokenizer,
+        tokenizer_name=trained.tokenizer_name,
+        order=trained.order,
+        trained=trained,
     )
 
 
+def own(model: LongContextLM, vocabulary: Vocabulary | None = None) -> Loaded:
+    """A model without a tokenizer, whose ids are the tasks' own unless a vocabulary is given."""
+    size = model.config.vocab_size
+    if vocabulary is None and size < SYNTHETIC.size:
+        raise ValueError(
+            f"model: expected a tokenizer, or at least the {SYNTHETIC.size} ids of the tasks' own "
+            f"vocabulary, got no tokenizer and {size} ids; save its tokenizer into its folder"
+        )
+    return Loaded(
+        model,
+        block="+".join(dict.fromkeys(model.config.pattern)),
+        vocabulary=vocabulary or SYNTHETIC,
+        fingerprint=fingerprint(model),
+    )
+
+
+def _text_vocabulary(tokenizer: Tokenizer | None) -> Vocabulary | None:
+    if tokenizer is None:
+        return None
+    return text_vocabulary(tokenizer.encode, tokenizer.decode, tokenizer.vocab_size)
+
+
 def fingerprint(model: LongContextLM) -> str:
-    """Equal for equal weights of equal models."""
+    """A hash of the configuration and the weights."""
     digest = hashlib.blake2b(repr(model.config.to_dict()).encode(), digest_size=8)
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -2,68 +2,79 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from longctx_layers.evals import effective_length
+from longctx_layers.evals.program.rows import Row
+from longctx_layers.evals.tasks.base import STREAMING
 
 THRESHOLD = 0.9
 UNTRAINED = """\
-!!! THIS MODEL WAS NOT TRAINED: its weights are random, and what it scores is chance, not a result.
+!!! THIS MODEL WAS NOT TRAINED: its weights are random, and its scores are chance, not a result.
 !!! Train it on the task with --train_steps, or pass a model with --checkpoint_path. Its rows are
 !!! marked "trained": false.
 """
 
 
 def warn_untrained() -> None:
-    """Say loudly that nothing was learnt."""
+    """Print a warning that the model has learnt nothing."""
     print(f"\n{UNTRAINED}", flush=True)
 
 
-def table(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
-    """The rows by length, what they mean, and where they are."""
+def table(rows: Sequence[Row], folder: Path) -> str:
+    """The rows by length, what they mean, and the folder that they are in."""
+    first = rows[0]
+    streaming = first["task"] == STREAMING
+    unit = "tokens" if streaming else "sequences of each length"
     lines = [
         "",
-        f"{rows[0]['task']}, {rows[0]['block']}: {rows[0]['n']:,} "
-        + ("tokens" if rows[0]["task"] == "streaming_ppl" else "sequences a length"),
+        f"{first['task']}, {first['block']}: {first['n']:,} {unit}",
         "",
         "  length  accuracy  95 % interval   chance  state zeroed     loss",
+        *(_line(row, first["n"]) for row in rows),
+        "",
+        "reach of the stacked windows: " + _tokens(first["reach"], "everything"),
     ]
-    for row in rows:
-        zeroed = row["accuracy_state_zeroed"]
-        lines.append(
-            f"{row['length']:>8,}  {row['accuracy']:>8.3f}  {row['low']:.3f} - {row['high']:.3f}  "
-            f"{row['chance']:>7.3f}  {'-' if zeroed is None else f'{zeroed:.3f}':>12}  "
-            f"{row['loss']:>7.3f}" + (f"  n = {row['n']}" if row["n"] != rows[0]["n"] else "")
-        )
-    reach = rows[0]["reach"]
-    lines += ["", "reach of the stacked windows: " + _tokens(reach, "everything")]
-    if rows[0]["task"] != "streaming_ppl":
-        found = effective_length({r["length"]: r["accuracy"] for r in rows}, THRESHOLD)
-        lines.append(f"effective length (accuracy at least {THRESHOLD}): {_tokens(found, 'none')}")
-    else:
-        slope, low, high = (rows[-1][name] for name in ("slope", "slope_low", "slope_high"))
-        lines.append(
-            f"drift of the loss behind {rows[-1]['slope_from']:,} tokens: "
-            + (
-                "not measured, there is too little text; make --max_len longer"
-                if slope is None
-                else f"{slope:.5f} nats per 1000 tokens ({low:.5f} to {high:.5f})"
-            )
-        )
-        if rows[-1]["held_out"] is None and rows[-1]["trained"]:
-            lines.append("Whether the model was trained on this text is not known.")
-    guessed = [r["length"] for r in rows if r["low"] <= r["chance"]]
-    if guessed and rows[0]["trained"]:
-        lines.append(f"At {guessed} tokens it does no better than chance, within the interval.")
-    within = [r["length"] for r in rows if reach is None or r["length"] <= reach + 1]
-    if within and reach is not None:
-        lines.append(f"At {within} tokens windows alone reach everything: no test of the memory.")
-    if not rows[0]["trained"]:
+    lines += _drift(rows[-1]) if streaming else [_effective_length(rows)]
+    at_chance = [row["length"] for row in rows if row["low"] <= row["chance"]]
+    if at_chance and first["trained"]:
+        lines.append(f"At {at_chance} tokens it does no better than chance, within the interval.")
+    reach = first["reach"]
+    if reach is not None and (within := [r["length"] for r in rows if r["length"] <= reach + 1]):
+        lines.append(f"At {within} tokens the windows alone see everything: no test of the memory.")
+    if not first["trained"]:
         lines += ["", UNTRAINED]
-    lines.append(f"Written to {args.output_dir}/")
+    lines.append(f"Written to {folder}/")
     return "\n".join(lines)
+
+
+def _line(row: Row, usual_n: int) -> str:
+    zeroed = row["accuracy_state_zeroed"]
+    return (
+        f"{row['length']:>8,}  {row['accuracy']:>8.3f}  {row['low']:.3f} - {row['high']:.3f}  "
+        f"{row['chance']:>7.3f}  {'-' if zeroed is None else f'{zeroed:.3f}':>12}  "
+        f"{row['loss']:>7.3f}" + (f"  n = {row['n']}" if row["n"] != usual_n else "")
+    )
+
+
+def _effective_length(rows: Sequence[Row]) -> str:
+    length = effective_length({row["length"]: row["accuracy"] for row in rows}, THRESHOLD)
+    return f"effective length (accuracy at least {THRESHOLD}): {_tokens(length, 'none')}"
+
+
+def _drift(row: Row) -> list[str]:
+    """The slope of the loss, which is of the whole text."""
+    slope = row["slope"]
+    if slope is None:
+        result = "not measured, because there is too little text; make --max_len longer"
+    else:
+        interval = f"{row['slope_low']:.5f} to {row['slope_high']:.5f}"
+        result = f"{slope:.5f} nats per 1000 tokens ({interval})"
+    lines = [f"drift of the loss after {row['slope_from']:,} tokens: {result}"]
+    if row["held_out"] is None and row["trained"]:
+        lines.append("It is not known whether the model was trained on this text.")
+    return lines
 
 
 def _tokens(count: int | None, none: str) -> str:

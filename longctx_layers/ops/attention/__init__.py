@@ -1,23 +1,54 @@
-"""Sparse causal attention: a contiguous range of near keys and a short list of far ones."""
+"""Sparse causal attention: each query sees a contiguous range of near keys and a few far ones."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longctx_layers.ops import reference, triton_support
-from longctx_layers.ops.attention import cpu as cpu_attention
-from longctx_layers.ops.attention import flash, flash_support, flex
-from longctx_layers.ops.attention.blocked import blocked_attention
+from longctx_layers.ops import availability, reference
+from longctx_layers.ops.attention import blocked, cpu, flash, flex
 from longctx_layers.ops.attention.far import FarKeys
-from longctx_layers.ops.backends import Operation
+from longctx_layers.ops.attention.pattern import Pattern
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_positive, expect_shape
-from longctx_layers.ops.segments import Segments, range_start
+from longctx_layers.ops.examples import Draw
+from longctx_layers.ops.operation import Operation
+from longctx_layers.ops.segments import Segments
 
-_operation = Operation("sparse_attention")
+
+def _example(
+    draw: Draw, prefix: int = 0, n_far_keys: int = 0, packed: bool = False, **sizes: int
+) -> dict[str, Any]:
+    length = draw.length
+    arguments: dict[str, Any] = {"q": draw(2, 4, length, 64), **sizes}
+    arguments["k"] = draw(2, 2, prefix + length, 64)
+    arguments["v"] = draw(2, 2, prefix + length, 64)
+    if packed:
+        arguments["segments"] = draw.segments()
+    if n_far_keys:
+        lists = -(-length // 64)
+        mask = draw(2, 1, length, n_far_keys) > 0
+        k = draw(2, 2, lists, n_far_keys, 64)
+        v = draw(2, 2, lists, n_far_keys, 64)
+        arguments["far"] = FarKeys(draw(2, 4, length, 64), k, v, mask, block=64)
+    return arguments
+
+
+_operation = Operation(
+    "sparse_attention",
+    examples={
+        "full": _example,
+        "window, prefix": partial(_example, prefix=40, window_size=40),
+        "window, packed": partial(_example, packed=True, window_size=40),
+        "window, far keys": partial(_example, n_far_keys=3, window_size=40),
+        "chunks": partial(_example, chunk_size=32),
+        "one token": lambda draw: _example(Draw(1), prefix=8 * draw.length),
+    },
+    token_dim=2,
+)
 
 
 def sparse_attention(
@@ -34,25 +65,26 @@ def sparse_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Causal attention in which query i sees one contiguous range of keys and a list of far ones.
+    """Causal attention over a window, a chunk or the whole segment, and a few far keys.
 
-    The range ends at the query itself. It begins at the first token of the query's segment, and
-    not before: `i - window_size + 1` (a window of W keys includes the query's own), or the first
-    token of the query's chunk, `floor((p - chunk_shift) / chunk_size)` for position p in the
-    segment. With neither, attention is full. One softmax runs over the range and the far keys.
+    Query i sees one contiguous range of keys, which ends at its own. The range begins at the first
+    token of the query's segment, or later: at `i - window_size + 1` with a window (which includes
+    the query's own key), and at the first token of the query's chunk with chunks; the chunk of
+    position p of a segment is `floor((p - chunk_shift) / chunk_size)`. One softmax runs over the
+    range and the far keys.
 
     Args:
         q: queries `[B, H, T, P]`.
-        k, v: keys and values `[B, G, S, P]`, G dividing H (grouped queries: query head h reads
-            key head `h // (H / G)`). The last T belong to the queries; the S - T before them are
-            cached from earlier calls. With a window or a chunk of W keys, W - 1 of them suffice.
+        k, v: keys and values `[B, G, S, P]`, where G divides H (grouped queries: query head h
+            reads key head `h // (H / G)`). The last T belong to the queries; the S - T before them
+            are cached from earlier calls. With a window or chunks of W keys, W - 1 of them suffice.
         window_size: number of keys in the window, at least 1.
         chunk_size: number of tokens in a chunk, at least 1.
         chunk_shift: where the first whole chunk begins, `0 <= chunk_shift < chunk_size`.
-        segments: where segments begin and rows end; None for one segment of T real tokens
-            (cached keys then belong to it, and chunks count from the call's first token).
-        far: keys outside the range (global, random, memory); the caller leaves out of its mask
-            whatever lies inside the range.
+        segments: where segments begin and rows end; None for one segment of T real tokens, which
+            all cached keys belong to. Chunks then count from the call's first token.
+        far: keys outside the range (global, random, memory). Its mask must leave out keys that are
+            inside the range, which would count twice.
         dropout_p: probability with which attention weights are dropped.
         scale: factor on the scores, `P ** -0.5` by default.
         backend: see `longctx_layers.explain`.
@@ -64,16 +96,20 @@ def sparse_attention(
         ValueError, TypeError: for shapes, dtypes or sizes that do not fit.
 
     Source: Beltagy et al., Longformer, arXiv 2004.05150; Zaheer et al., BigBird, 2007.14062.
+
+    >>> import torch
+    >>> q = torch.randn(1, 4, 10, 16)
+    >>> k, v = torch.randn(2, 1, 2, 10, 16)
+    >>> sparse_attention(q, k, v, window_size=3).shape
+    torch.Size([1, 4, 10, 16])
     """
-    _check(q, k, v, window_size, chunk_size, chunk_shift, segments, far, dropout_p)
+    pattern = Pattern(window_size, chunk_size, chunk_shift, segments)
+    _check(q, k, v, pattern, far, dropout_p)
     result: Tensor = _operation(
         q,
         k,
         v,
-        window_size=window_size,
-        chunk_size=chunk_size,
-        chunk_shift=chunk_shift,
-        segments=segments,
+        pattern,
         far=far,
         dropout_p=dropout_p,
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
@@ -83,16 +119,9 @@ def sparse_attention(
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: int | None,
-    chunk_size: int | None,
-    chunk_shift: int,
-    segments: Segments | None,
-    far: FarKeys | None,
-    dropout_p: float,
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, far: FarKeys | None, dropout_p: float
 ) -> None:
+    window_size, chunk_size, chunk_shift, segments = pattern
     expect_float("q", q, "[B, H, T, P]")
     if q.dim() != 4:
         raise ValueError(f"q: expected [B, H, T, P], got a tensor of shape {list(q.shape)}")
@@ -109,7 +138,7 @@ def _check(
     if k.shape[2] < length:
         raise ValueError(
             f"k: expected at least the {length} keys of the queries themselves, got {k.shape[2]}; "
-            "cached keys stand before them"
+            "concatenate cached keys before them"
         )
     for name, value in (("window_size", window_size), ("chunk_size", chunk_size)):
         if value is not None:
@@ -148,7 +177,7 @@ def _check(
 
 
 def _refuse_triton(q: Tensor, *_: Any, dropout_p: float, scale: float, **__: Any) -> str | None:
-    if (reason := triton_support.refuse(q)) is not None:
+    if (reason := availability.refuse_triton(q)) is not None:
         return reason
     limit = 256 if q.dtype.itemsize == 2 else 128
     if q.shape[-1] > limit:
@@ -165,34 +194,23 @@ def _triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pattern: Pattern,
     *,
-    window_size: int | None,
-    chunk_size: int | None,
-    chunk_shift: int,
-    segments: Segments | None,
     far: FarKeys | None,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
     from longctx_layers.kernels.attention import sparse_attention as kernel  # imports Triton
 
-    first = range_start(
-        q.shape[2],
-        segments,
-        prefix=k.shape[2] - q.shape[2],
-        window_size=window_size,
-        chunk_size=chunk_size,
-        chunk_shift=chunk_shift,
-        device=q.device,
-    )
+    first = pattern.first_key(q.shape[2], k.shape[2] - q.shape[2], q.device)
     first = first.to(torch.int32).contiguous()
-    *distant, block = (None, None, None, None, 0) if far is None else far
-    y: Tensor = kernel(q, k, v, first, *distant, block, scale)[0]
+    *far_tensors, block = (None, None, None, None, 0) if far is None else far
+    y: Tensor = kernel(q, k, v, first, *far_tensors, block, scale)[0]
     return y
 
 
-_operation.register("flash", refuse=flash_support.refuse)(flash.run)
+_operation.register("flash", refuse=flash.refuse)(flash.run)
 _operation.register("flex", refuse=flex.refuse, reserve=flex.reserve)(flex.run)
-_operation.register("cpu", refuse=cpu_attention.refuse)(cpu_attention.run)
-_operation.register("torch")(blocked_attention)
+_operation.register("cpu", refuse=cpu.refuse)(cpu.run)
+_operation.register("torch")(blocked.run)
 _operation.register("reference")(reference.sparse_attention)

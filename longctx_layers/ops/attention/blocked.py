@@ -1,7 +1,7 @@
-"""Sparse attention in plain torch: the range cut into blocks of queries.
+"""Sparse attention in plain torch, with the queries cut into blocks.
 
-Each block comes with the keys that it can reach, so that cost is linear in the length, and all of
-them run as one batch of dense products.
+Each block is multiplied with just the keys that it can reach, so that the cost is linear in the
+length. All blocks run as one batch of dense products.
 """
 
 from __future__ import annotations
@@ -14,45 +14,39 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longctx_layers.ops.attention.far import FarKeys
-from longctx_layers.ops.second_order import forward_mode, transformed, twice_differentiable
-from longctx_layers.ops.segments import Segments, cover, range_start, shortened
+from longctx_layers.ops.attention.pattern import Pattern
+from longctx_layers.ops.operation import forward_mode, transformed
+from longctx_layers.ops.second_order import twice_differentiable
+from longctx_layers.ops.segments import clip_tile, cover
 
-_FULL_BLOCK = 256  # queries that full attention with segments or cached keys handles at a time
+_FULL_BLOCK = 256  # queries at a time in full attention with segments or cached keys
 
 
-def blocked_attention(
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pattern: Pattern,
     *,
-    window_size: int | None,
-    chunk_size: int | None,
-    chunk_shift: int,
-    segments: Segments | None,
     far: FarKeys | None,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
     """`longctx_layers.ops.sparse_attention` in plain torch."""
-    length, prefix = q.shape[2], k.shape[2] - q.shape[2]
-    sizes = [n for n in (window_size, chunk_size) if n is not None]
-    reach = shortened(min(sizes), k.shape[2]) if sizes else k.shape[2]
-    any_length = bool(sizes) and torch.compiler.is_exporting()
-    plain = segments is None and prefix == 0 and far is None
-    if plain and not any_length and reach >= length and chunk_shift == 0:
+    length = q.shape[2]
+    prefix = k.shape[2] - length
+    limit = pattern.reach()
+    reach = k.shape[2] if limit is None else clip_tile(limit, k.shape[2])
+    # An exported program with a window or chunks serves every length.
+    any_length = torch.compiler.is_exporting() and limit is not None
+    plain = pattern.segments is None and prefix == 0 and far is None
+    if plain and not any_length and reach >= length and pattern.chunk_shift == 0:
         return _scaled_dot_product(q, k, v, None, True, dropout_p, scale)
-    if plain and window_size is None and chunk_size is not None:
-        return _aligned_chunks(q, k, v, chunk_size, chunk_shift, dropout_p, scale)
-    first = range_start(
-        length,
-        segments,
-        prefix=prefix,
-        window_size=window_size,
-        chunk_size=chunk_size,
-        chunk_shift=chunk_shift,
-        device=q.device,
-    )
-    if window_size is None and chunk_size is None:
+    if plain and pattern.window_size is None and pattern.chunk_size is not None:
+        size, shift = pattern.chunk_size, pattern.chunk_shift
+        return _aligned_chunks(q, k, v, size, shift, dropout_p, scale)
+    first = pattern.first_key(length, prefix, q.device)
+    if limit is None:
         return _full(q, k, v, first, far, dropout_p, scale)
     block = min(128, max(16, 1 << (reach - 1).bit_length()))
     if far is not None and far.k.shape[2] > 1:
@@ -75,8 +69,8 @@ def _scaled_dot_product(
     """Attention under a mask that broadcasts to `[B, H, T, S]`, or a causal one."""
     options = {"dropout_p": dropout_p, "scale": scale}
     if not torch.compiler.is_compiling():
-        # The fused kernels have neither second nor forward derivatives. On a CPU they have no
-        # dropout either: there torch itself composes it.
+        # The fused kernels have neither second nor forward-mode derivatives. On a CPU they have no
+        # dropout either: torch itself composes attention there.
         drops = dropout_p > 0 and q.device.type == "cpu"
         if drops or forward_mode() or (torch.is_grad_enabled() and transformed()):
             return _composed(q, k, v, mask, causal, **options)
@@ -116,7 +110,8 @@ def _composed(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
-    precise, groups = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    precise = torch.promote_types(q.dtype, torch.float32)
+    groups = k.shape[1]
     queries = q.to(precise).unflatten(1, (groups, -1)) * scale  # [B, G, H / G, T, P]
     scores = queries @ k.to(precise)[:, :, None].mT
     if causal:
@@ -132,7 +127,7 @@ def _composed(
 def _aligned_chunks(
     q: Tensor, k: Tensor, v: Tensor, size: int, shift: int, dropout_p: float, scale: float
 ) -> Tensor:
-    """Chunks as the batch dimension of one causal attention; no mask at all."""
+    """Chunks as the batch dimension of one causal attention, without any mask."""
     if shift:
         # The tokens before the first whole chunk are a chunk of their own.
         pieces = []
@@ -141,10 +136,11 @@ def _aligned_chunks(
             if queries.shape[2]:
                 pieces.append(_aligned_chunks(queries, keys, values, whole, 0, dropout_p, scale))
         return torch.cat(pieces, dim=2)
-    batch, length = q.shape[0], q.shape[2]
+    batch = q.shape[0]
+    length = q.shape[2]
     chunks = cover(length, size)
 
-    def split(x: Tensor) -> Tensor:
+    def split(x: Tensor) -> Tensor:  # [B, h, T, P] -> [B * chunks, h, size, P]
         x = F.pad(x, (0, 0, 0, chunks * size - length))
         return x.unflatten(2, (chunks, size)).transpose(1, 2).flatten(0, 1)
 
@@ -161,8 +157,9 @@ def _full(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
-    """All earlier keys, a block of queries at a time, so that no mask of T x S ever exists."""
-    length, prefix = q.shape[2], k.shape[2] - q.shape[2]
+    """All earlier keys, for a block of queries at a time, so that no T x S mask ever exists."""
+    length = q.shape[2]
+    prefix = k.shape[2] - length
     outputs = []
     for low in range(0, length, _FULL_BLOCK):
         high = min(low + _FULL_BLOCK, length)
@@ -172,7 +169,7 @@ def _full(
         keys, values = k[:, :, : prefix + high], v[:, :, : prefix + high]
         arguments = (q[:, :, low:high], keys, values, first[:, low:high], low, part)
         if torch.is_grad_enabled() and length > _FULL_BLOCK:
-            # Recomputed in the backward: what the blocks keep would add up to T x S.
+            # Recomputed in the backward pass: saved scores of all blocks would add up to T x S.
             y = checkpoint(_one_block, *arguments, dropout_p, scale, use_reentrant=False)
         else:
             y = _one_block(*arguments, dropout_p, scale)
@@ -190,7 +187,7 @@ def _one_block(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
-    """Queries from the given index on, over keys that end with the last of them."""
+    """Queries from the given index on; the last of the keys is the last query's own."""
     end = index + q.shape[2]
     i = torch.arange(index, end, device=q.device)[:, None]
     j = torch.arange(end - k.shape[2], end, device=q.device)
@@ -212,8 +209,11 @@ def _blocks(
     scale: float,
 ) -> Tensor:
     """All blocks at once: each sees the keys of its own block and of the few before it."""
-    batch, length, prefix = q.shape[0], q.shape[2], k.shape[2] - q.shape[2]
-    blocks, before = cover(length, block), -(-(reach - 1) // block)
+    batch = q.shape[0]
+    length = q.shape[2]
+    prefix = k.shape[2] - length
+    blocks = cover(length, block)
+    before = -(-(reach - 1) // block)
     pad = blocks * block - length
 
     def cut(x: Tensor) -> Tensor:  # [B, h, T, P] -> [B * blocks, h, block, P]
@@ -221,7 +221,7 @@ def _blocks(
         return x.transpose(1, 2).flatten(0, 1)
 
     def gather(x: Tensor) -> Tensor:  # [B, G, S, P] -> [B * blocks, G, (before + 1) * block, P]
-        # Copies of whole blocks: their backward is a plain addition, an unfold's is not.
+        # Copies of whole blocks: unlike that of an unfold, their backward is a plain addition.
         x = F.pad(x, (0, 0, before * block - prefix, pad)).unflatten(2, (before + blocks, block))
         shifted = [x[:, :, n : n + blocks] for n in range(before + 1)]
         return torch.cat(shifted, dim=3).transpose(1, 2).flatten(0, 1)
@@ -232,11 +232,11 @@ def _blocks(
         return x.expand(-1, -1, blocks, -1, -1).transpose(1, 2).flatten(0, 1)
 
     def rows(x: Tensor) -> Tensor:  # [b, h, T, F] -> [B * blocks, h, block, F]
-        # As integers: for a padded bool, inductor's CPU backend writes C++ that does not compile.
+        # As integers: for a padded bool, inductor's CPU backend writes invalid C++.
         x = F.pad(x.to(torch.int32), (0, 0, 0, pad)).bool().unflatten(2, (blocks, block))
         return x.expand(batch, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
 
-    # Queries that pad the last block see some keys too: no row is ever empty.
+    # Padding queries in the last block see some keys too, so that no row is empty.
     i = torch.arange(blocks * block, device=q.device).unflatten(0, (blocks, block))
     j = i[:, :1] + torch.arange(-before * block, block, device=q.device)
     first = F.pad(first, (0, pad)).unflatten(1, (blocks, block))
@@ -261,7 +261,9 @@ def _attend(
 
     The query heads of a group are folded into the query length, so that no key is copied.
     """
-    groups, share, length = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    groups = k.shape[1]
+    share = q.shape[1] // groups
+    length = q.shape[2]
 
     def fold(x: Tensor) -> Tensor:  # [B, H or G or 1, T, F] -> [B, G or 1, share * T, F]
         if x.shape[1] == groups * share:

@@ -1,10 +1,12 @@
-"""Keys outside the range of their queries: global, random and memory keys."""
+"""Far keys: global, random and memory keys outside the local range, and attention over them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from longctx_layers.ops.segments import Segments
@@ -13,13 +15,27 @@ RANDOM_BLOCK = 64  # queries that share one set of random keys
 
 
 class FarKeys(NamedTuple):
-    """Keys that queries see besides their range, matched by content: a list per block of queries.
+    """Extra keys outside the local range: global, random or memory tokens.
+
+    Each run of `block` consecutive queries shares one list of them. Scores use queries and keys
+    without rotary embedding, so that they match by content alone.
 
     Attributes:
-        q: `[B, H, T, P]`, the queries that match them (without rotary embedding).
-        k, v: `[B, G, L, F, P]`: list l serves the queries `[l * block, (l + 1) * block)`.
+        q: `[B, H, T, P]`, the queries without rotary embedding.
+        k, v: `[B, G, L, F, P]`, lists of F keys and values: list l is for the queries
+            `[l * block, (l + 1) * block)`.
         mask: `[B or 1, G or 1, T, F]` bool, True where the query sees the key of its list.
         block: queries per list; L = ceil(T / block).
+
+    One memory token that all 8 queries see besides their window of 4 keys:
+
+    >>> import torch
+    >>> from longctx_layers.ops import FarKeys, sparse_attention
+    >>> q, k, v = torch.randn(3, 1, 2, 8, 16)
+    >>> memory = torch.randn(1, 2, 1, 1, 16)
+    >>> far = FarKeys(q, memory, memory, torch.ones(1, 1, 8, 1, dtype=torch.bool), block=8)
+    >>> sparse_attention(q, k, v, window_size=4, far=far).shape
+    torch.Size([1, 2, 8, 16])
     """
 
     q: Tensor
@@ -29,7 +45,7 @@ class FarKeys(NamedTuple):
     block: int
 
     def split(self, sizes: list[int]) -> list[FarKeys]:
-        """Those of consecutive queries, each piece but the last a multiple of `block` long."""
+        """Split by queries; every size but the last must be a multiple of `block`."""
         lists = [-(-size // self.block) for size in sizes]
         pieces = zip(
             self.q.split(sizes, 2),
@@ -44,8 +60,8 @@ class FarKeys(NamedTuple):
 def far_block(window_size: int, segments: Segments | None) -> int:
     """Queries per list of far keys.
 
-    With segments, a block must not be longer than the window: then all of its queries that lie
-    far enough behind a global token belong to the segment of the block's first query.
+    With segments, a block must not be longer than the window. Then every query of the block that is
+    more than a window away from a global token is in the segment of the block's first query.
     """
     if segments is None:
         return RANDOM_BLOCK
@@ -68,7 +84,7 @@ def global_mask(
 ) -> Tensor:
     """`[B or 1, 1, T, n]`: global tokens of the query's segment that its window does not reach.
 
-    Without segments, the one of all rows began `offset` tokens before these.
+    Without segments, every row is one segment, which began `offset` tokens before these.
     """
     index = torch.arange(length, device=device)[:, None]
     token = torch.arange(n_global_tokens, device=device)
@@ -88,15 +104,15 @@ def random_positions(
     n_global_tokens: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """The random keys of query blocks: a pure function of seed, head and block.
+    """Positions of the random keys of blocks of queries: a pure function of seed, head and block.
 
     Block b holds the queries at positions [64 b, 64 b + 64) of a segment. Its candidates are the
     positions from `n_global_tokens` to `64 b - window_size`, cut into n equal strata; a hash
-    (Murmur3's finaliser, chained over seed, head, block and stratum) picks one of each. With fewer
-    candidates than n, every one of them is picked.
+    (Murmur3's finaliser, chained over seed, head, block and stratum) picks one position of each.
+    With fewer candidates than n, all of them are picked.
 
     Args:
-        block: numbers b of the blocks, int64, any shape `[...]`.
+        block: numbers b of the blocks, int64 of any shape `[...]`.
 
     Returns:
         Positions `[G, ..., n]` int64 and whether they exist, bool, of the same shape.
@@ -133,7 +149,7 @@ def far_cached_keys(
     seed: int,
     segments: Segments | None,
 ) -> FarKeys | None:
-    """Global and random keys out of k and v that hold the whole history (BigBird).
+    """Global and random keys, gathered from k and v of the whole history (BigBird).
 
     Args:
         q: queries `[B, H, T, P]`, without rotary embedding.
@@ -141,7 +157,8 @@ def far_cached_keys(
     """
     if n_global_tokens + n_random_tokens == 0:
         return None
-    (batch, heads, total, _), length = k.shape, q.shape[2]
+    batch, heads, total, _ = k.shape
+    length = q.shape[2]
     block = far_block(window_size, segments)
     token = torch.arange(n_global_tokens, device=q.device)
     index = torch.arange(length, device=q.device)
@@ -179,3 +196,46 @@ def far_cached_keys(
         for x in (k, v)
     )
     return FarKeys(q, keys, values, torch.cat(masks, dim=-1), block)
+
+
+def far_attention(far: FarKeys, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over the far keys alone, in float32 at least, to be merged with that of the range.
+
+    Returns:
+        Outputs `[B, H, T, P]` and log-sum-exps `[B, H, T]` of the scores. Where a query sees no far
+        key both are finite, and the log-sum-exp is so low that `merge` gives the output no weight.
+    """
+    length = far.q.shape[2]
+    groups, lists = far.k.shape[1:3]
+    block = far.block if lists > 1 else length
+    precise = torch.promote_types(far.q.dtype, torch.float32)
+    pad = (0, 0, 0, lists * block - length)
+    # The query heads of a group are rows of one product, so that no key is copied.
+    to_rows = "b (g share) (lists block) p -> b g lists (share block) p"
+    from_rows = "b g lists share block ... -> b (g share) (lists block) ..."
+    q = rearrange(F.pad(far.q.to(precise) * scale, pad), to_rows, g=groups, lists=lists)
+    scores = (q @ far.k.to(precise).mT).unflatten(3, (-1, block))
+    mask = rearrange(
+        F.pad(far.mask, pad), "b g (lists block) f -> b g lists 1 block f", lists=lists
+    )
+    # Not -inf, whose log-sum-exp has no gradient.
+    scores = scores.masked_fill(~mask, torch.finfo(precise).min)
+    weights = F.dropout(scores.softmax(-1), dropout_p)
+    y = (weights.flatten(3, 4) @ far.v.to(precise)).unflatten(3, (-1, block))
+    lse = scores.logsumexp(-1)
+    return rearrange(y, from_rows)[:, :, :length], rearrange(lse, from_rows)[:, :, :length]
+
+
+def merge(y: Tensor, lse: Tensor, far_y: Tensor, far_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from the attention over each.
+
+    Args:
+        y, far_y: outputs `[..., P]`.
+        lse, far_lse: log-sum-exps `[...]` of the scores.
+
+    Returns:
+        The output in y's dtype, and the log-sum-exp of all scores.
+    """
+    weight = torch.sigmoid(far_lse - lse)[..., None]
+    merged = torch.lerp(y.to(weight.dtype), far_y.to(weight.dtype), weight)
+    return merged.to(y.dtype), torch.logaddexp(lse, far_lse)

@@ -1,42 +1,92 @@
 """Sparse attention whose range runs on the flash-attn library: version 2, or 4 (flash-attn-4).
 
-The library knows causal windows over sequences, packed one behind the other where they differ in
-length. So a call is cut where segments and chunks begin, and each piece is such a sequence.
+The library computes causal windows over sequences, which are concatenated if their lengths differ.
+So a call is cut where segments and chunks begin, and each piece is such a sequence.
 """
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.torch_version import TorchVersion
 
-from longctx_layers.ops.attention import flash_support
-from longctx_layers.ops.attention.far import FarKeys
-from longctx_layers.ops.attention.merge import far_attention, merge
-from longctx_layers.ops.segments import Segments, range_start
+from longctx_layers.ops.attention.far import FarKeys, far_attention, merge
+from longctx_layers.ops.attention.pattern import Pattern
+
+
+def _version(distribution: str) -> TorchVersion | None:
+    try:
+        return TorchVersion(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# Of the distributions, without importing them: both install into one package, flash_attn.
+VERSIONS = {4: _version("flash-attn-4"), 2: _version("flash-attn")}
+# The first that can be differentiated with far keys: version 2 by its backward's arguments,
+# version 4 by gradients of the log-sum-exp.
+MINIMUM = {4: "4.0.0b11", 2: "2.7"}
+
+
+def refuse(q: Tensor, *_: Any, dropout_p: float, **__: Any) -> str | None:
+    """Why flash-attn can't run a call of `sparse_attention` on a GPU, or None."""
+    return choose(q, dropout_p)[1]
+
+
+def choose(q: Tensor, dropout_p: float) -> tuple[int, str | None]:
+    """The version of flash-attn that runs a call, 4 or 2; or 0, and why neither does."""
+    if torch.version.hip is not None:
+        return 0, "needs an NVIDIA GPU"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return 0, f"takes float16 or bfloat16, got {q.dtype}"
+    return choose_on(torch.cuda.get_device_properties(q.device).major, q.shape[-1], dropout_p)
+
+
+def choose_on(major: int, head_dim: int, dropout_p: float) -> tuple[int, str | None]:
+    """The same for a GPU of this major compute capability."""
+    reasons = []
+    for number, version in VERSIONS.items():
+        if version is None:
+            continue
+        limit = 128 if number == 4 else 192 if dropout_p > 0 else 256
+        if version < MINIMUM[number]:
+            reason = f"is older than {MINIMUM[number]}: upgrade it"
+        elif major not in (9, 10, 11) if number == 4 else major < 8:
+            # Version 4 has no backward before Hopper, and the one for 12 is hardly tested.
+            reason = f"is not used on compute capability {major}"
+        elif number == 4 and dropout_p > 0:
+            reason = f"drops no attention weights, got dropout_p = {dropout_p}"
+        elif head_dim > limit:
+            # Version 4 takes some longer ones, but not the same on every GPU.
+            reason = f"is used up to head_dim {limit} for this call, got {head_dim}"
+        else:
+            return number, None
+        reasons.append(f"flash-attn {version} {reason}")
+    missing = "flash-attn is not installed: pip install 'longctx-layers[flash]' or '[flash4]'"
+    return 0, "; ".join(reasons) or missing
 
 
 def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pattern: Pattern,
     *,
-    window_size: int | None,
-    chunk_size: int | None,
-    chunk_shift: int,
-    segments: Segments | None,
     far: FarKeys | None,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
     """`longctx_layers.ops.sparse_attention` on flash-attn."""
-    (batch, _, length, dim), prefix = q.shape, k.shape[2] - q.shape[2]
-    version, _ = flash_support.choose(q, dropout_p)
+    batch, _, length, dim = q.shape
+    prefix = k.shape[2] - length
+    version, _ = choose(q, dropout_p)
     options: dict[str, Any] = {"softmax_scale": scale, "causal": True}
-    packed = segments is not None or chunk_size is not None
+    packed = pattern.segments is not None or pattern.chunk_size is not None
 
     def lay(x: Tensor) -> Tensor:  # [B, h, n, ...] -> [B, n, h, ...], or [B * n, h, ...] if packed
         return x.transpose(1, 2).flatten(0, 1) if packed else x.transpose(1, 2)
@@ -46,32 +96,33 @@ def run(
 
     q, k, v = (lay(widen(x)) for x in (q, k, v))
     if packed:
-        cut = pieces(batch, length, prefix, segments, chunk_size, chunk_shift, q.device)
+        cut = pieces(batch, length, prefix, pattern, q.device)
         if cut.kept is not None:
-            k, v = (x.index_select(0, cut.kept) for x in (k, v))
+            k = k.index_select(0, cut.kept)
+            v = v.index_select(0, cut.kept)
         options |= {"cu_seqlens_q": cut.queries, "cu_seqlens_k": cut.keys}
         options |= {"max_seqlen_q": cut.most_queries, "max_seqlen_k": cut.most_keys}
-    distant = None
+    far_part = None
     if far is not None:
         far_y, far_lse = far_attention(far, dropout_p, scale)
-        distant = lay(widen(far_y)), lay(far_lse)
-    # The library counts the keys before the query's own, and lets the last query meet the last key.
-    before = None if window_size is None else window_size - 1
+        far_part = lay(widen(far_y)), lay(far_lse)
+    # The library counts the keys before the query's own, and aligns the last query and last key.
+    before = None if pattern.window_size is None else pattern.window_size - 1
     if version == 4:
-        y = _version_4(q, k, v, distant, before, options)
+        y = _version_4(q, k, v, far_part, before, options)
     else:
-        y = _version_2(q, k, v, distant, before, options, dropout_p)
+        y = _version_2(q, k, v, far_part, before, options, dropout_p)
     y = y.unflatten(0, (batch, length)) if packed else y
     return y[..., :dim].transpose(1, 2)
 
 
 class Pieces(NamedTuple):
-    """A call as sequences of queries that see keys of their own sequence alone.
+    """A call as N sequences of queries that see only keys of their own sequence.
 
     Attributes:
         queries, keys: `[N + 1]` int32, where each sequence begins among the `B * T` queries and
             among the kept keys, and the total.
-        most_queries, most_keys: of one sequence.
+        most_queries, most_keys: those of the longest sequence.
         kept: indices of the kept keys among the `B * S`, None if all are kept.
     """
 
@@ -82,33 +133,17 @@ class Pieces(NamedTuple):
     kept: Tensor | None
 
 
-def pieces(
-    batch: int,
-    length: int,
-    prefix: int,
-    segments: Segments | None,
-    chunk_size: int | None,
-    chunk_shift: int,
-    device: torch.device,
-) -> Pieces:
+def pieces(batch: int, length: int, prefix: int, pattern: Pattern, device: torch.device) -> Pieces:
     """Cut a call of `prefix` cached keys and `length` tokens where segments and chunks begin."""
-    # Sizes of segments are data, for which the GPU is waited. Chunks alone are counted here.
-    source = torch.device("cpu") if segments is None else device
-    first = range_start(
-        length,
-        segments,
-        prefix=prefix,
-        window_size=None,
-        chunk_size=chunk_size,
-        chunk_shift=chunk_shift,
-        device=source,
-    ).expand(batch, -1)
-    # Along a row, the first key stays what it is until it jumps to the query's own.
+    # Reading the sizes of segments waits for the GPU. Chunks alone are counted on the CPU.
+    source = torch.device("cpu") if pattern.segments is None else device
+    first = pattern._replace(window_size=None).first_key(length, prefix, source).expand(batch, -1)
+    # Along a row, the first key stays the same until it jumps to the query's own.
     begins = first == torch.arange(length, device=source)
     begins[:, 0] = True
     begin = begins.flatten().nonzero().flatten()
     queries = F.pad(begin, (0, 1), value=batch * length)
-    # Cached keys stand before the first piece of their row.
+    # Cached keys belong to the first piece of their row.
     cached = torch.where(begin % length == 0, -first.flatten()[begin], 0)
     keys = F.pad((queries.diff() + cached).cumsum(0), (1, 0))
     sizes = [queries.diff().max(), keys.diff().max(), keys[-1]]
@@ -125,11 +160,11 @@ def _version_4(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    distant: tuple[Tensor, Tensor] | None,
+    far_part: tuple[Tensor, Tensor] | None,
     before: int | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Its log-sum-exp has a gradient, so that autograd goes through the merge."""
+    """Version 4, whose log-sum-exp has a gradient, so that autograd differentiates the merge."""
     from flash_attn import cute
 
     function = cute.flash_attn_varlen_func if "cu_seqlens_q" in options else cute.flash_attn_func
@@ -140,11 +175,11 @@ def _version_4(
         v,
         window_size=(before, 0),
         deterministic=deterministic,
-        return_lse=distant is not None,
+        return_lse=far_part is not None,
         **options,
     )
-    if distant is not None:
-        y, _ = merge(y, lse.mT, *distant)
+    if far_part is not None:
+        y, _ = merge(y, lse.mT, *far_part)
     result: Tensor = y
     return result
 
@@ -153,19 +188,20 @@ def _version_2(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    distant: tuple[Tensor, Tensor] | None,
+    far_part: tuple[Tensor, Tensor] | None,
     before: int | None,
     options: dict[str, Any],
     dropout_p: float,
 ) -> Tensor:
     import flash_attn
 
-    left, options = -1 if before is None else before, {**options, "dropout_p": dropout_p}
+    left = -1 if before is None else before
+    options = {**options, "dropout_p": dropout_p}
     result: Tensor
-    if distant is not None:
+    if far_part is not None:
         options |= {"window_size_left": left, "window_size_right": 0}
         options |= {"softcap": 0.0, "alibi_slopes": None}
-        result = _Merged.apply(q, k, v, *distant, options)
+        result = _Merged.apply(q, k, v, *far_part, options)
         return result
     packed = "cu_seqlens_q" in options
     function = flash_attn.flash_attn_varlen_func if packed else flash_attn.flash_attn_func
@@ -175,10 +211,10 @@ def _version_2(
 
 
 class _Merged(torch.autograd.Function):
-    """Near and far part as one, for version 2, whose log-sum-exp has no gradient.
+    """The range and the far keys merged, for version 2, whose log-sum-exp has no gradient.
 
-    Its backward takes the output and the log-sum-exp of the softmax for which it makes gradients.
-    Given those of both parts together, its weights and its row sums of dy * y are theirs.
+    The library's backward takes the output and the log-sum-exp of the softmax to differentiate.
+    Given those of the merged softmax, it computes the range's share of the merged gradients.
     """
 
     @staticmethod

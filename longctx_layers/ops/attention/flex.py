@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.ops import triton_support
-from longctx_layers.ops.attention.far import FarKeys
-from longctx_layers.ops.attention.merge import far_attention, merge
-from longctx_layers.ops.second_order import NO_FORWARD_MODE, forward_mode
-from longctx_layers.ops.segments import Segments, range_start
+from longctx_layers.ops import availability
+from longctx_layers.ops.attention.far import FarKeys, far_attention, merge
+from longctx_layers.ops.attention.pattern import Pattern
 
-if TYPE_CHECKING:  # its import takes a while and brings torch's compiler along
+if TYPE_CHECKING:  # slow to import: it brings torch's compiler along
     from torch.nn.attention.flex_attention import BlockMask
 
 _BLOCK = 128  # FlexAttention's own default
@@ -24,17 +22,16 @@ _DIMS = (16, 256)  # head dimensions that its kernels take
 
 
 def refuse(
-    q: Tensor, k: Tensor, v: Tensor, *, far: FarKeys | None, dropout_p: float, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    far: FarKeys | None,
+    dropout_p: float,
+    **_: Any,
 ) -> str | None:
     """Why FlexAttention can't run a call of `sparse_attention`, or None."""
-    if torch.compiler.is_compiling():
-        return "compiles a kernel of its own, outside of torch.compile and torch.export"
-    if q.device.type not in ("cpu", "cuda"):
-        return f"needs a GPU or a CPU, got a tensor on {q.device.type!r}"
-    if q.numel() == 0:
-        return f"takes no empty tensors, got q of shape {list(q.shape)}"
-    if forward_mode():
-        return NO_FORWARD_MODE
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"takes float16, bfloat16 or float32, got {q.dtype}"
     if q.shape[-1] > _DIMS[1]:
@@ -42,7 +39,7 @@ def refuse(
     if dropout_p > 0:
         return f"drops no attention weights, got dropout_p = {dropout_p}"
     if q.device.type == "cuda":
-        installed = triton_support.INSTALLED
+        installed = availability.INSTALLED
         return None if installed else "needs Triton: pip install 'longctx-layers[triton]'"
     if far is not None:
         return "has no log-sum-exp on a CPU, with which to merge far keys"
@@ -62,26 +59,16 @@ def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pattern: Pattern,
     *,
-    window_size: int | None,
-    chunk_size: int | None,
-    chunk_shift: int,
-    segments: Segments | None,
     far: FarKeys | None,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
     """`longctx_layers.ops.sparse_attention` on FlexAttention."""
-    (batch, heads, length, dim), prefix = q.shape, k.shape[2] - q.shape[2]
-    first = range_start(
-        length,
-        segments,
-        prefix=prefix,
-        window_size=window_size,
-        chunk_size=chunk_size,
-        chunk_shift=chunk_shift,
-        device=q.device,
-    )
+    batch, heads, length, dim = q.shape
+    prefix = k.shape[2] - length
+    first = pattern.first_key(length, prefix, q.device)
     if dim < _DIMS[0]:
         q, k, v = (F.pad(x, (0, _DIMS[0] - dim)) for x in (q, k, v))
     result = compiled(q.device.type)(
@@ -97,7 +84,7 @@ def run(
         y: Tensor = result[..., :dim]
         return y
     y, lse = result
-    lse = getattr(lse, "lse", lse)  # from torch 2.9 on one of several
+    lse = getattr(lse, "lse", lse)  # from torch 2.9 on, one of several auxiliary outputs
     return merge(y[..., :dim], lse, *far_attention(far, dropout_p, scale))[0]
 
 
@@ -106,8 +93,8 @@ def compiled(device_type: str) -> Callable[..., Any]:
     """FlexAttention as one kernel."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # A full graph raises where torch.compile would else run a product of T x S scores. Of dynamic
-    # sizes inductor's CPU backend may make C++ that does not compile: there each has its kernel.
+    # Without a full graph, torch.compile could silently compute all T x S scores. For dynamic sizes
+    # inductor's CPU backend may write invalid C++: on a CPU each size has a kernel of its own.
     dynamic = False if device_type == "cpu" else None
     return torch.compile(flex_attention, fullgraph=True, dynamic=dynamic)
 
@@ -124,7 +111,7 @@ def range_mask(first: Tensor, prefix: int) -> BlockMask:
     """The mask by which query i sees the keys from `first[:, i]` to its own.
 
     Args:
-        first: `[B, T]`, never falling along a row, as `range_start` gives it.
+        first: `[B, T]` from `Pattern.first_key`, never falling along a row.
         prefix: number of cached keys before the queries' own.
     """
     from torch.nn.attention.flex_attention import BlockMask
@@ -140,13 +127,13 @@ def range_mask(first: Tensor, prefix: int) -> BlockMask:
     top = torch.arange(rows, device=device) * _BLOCK
     bottom = (top + _BLOCK - 1).clamp(max=length - 1)
     column = torch.arange(columns, device=device) * _BLOCK
-    # What the queries of a block see together is a range of keys too, and so is what each sees.
-    # Only blocks can be full of which the shorter last one is none.
+    # The keys that some query of a block sees are one range, as are those that every query sees.
+    # The last block of queries is never full if it is shorter than the others.
     some = (column + _BLOCK > first[:, top, None]) & (column <= last[bottom, None])
     full = (column >= first[:, bottom, None]) & (column + _BLOCK - 1 <= last[top, None])
     full &= (top + _BLOCK <= length)[:, None]
 
-    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:  # how many in each row, and which
+    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:  # the count in each row, and which
         order = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
         return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longctx_layers.ops import reference
-from longctx_layers.ops.backends import Operation
 from longctx_layers.ops.checks import expect_positive
-from longctx_layers.ops.segments import Segments, chunk_start, shortened
-from longctx_layers.ops.state_space.cpu import scan_tiles
-from longctx_layers.ops.state_space.diagonal import running_sum
-from longctx_layers.ops.state_space.ssd import (
-    TILE,
-    Inputs,
-    check_inputs,
-    read,
-    read_one,
-    refuse_cpu,
-    refuse_triton,
-    step,
-    steps,
-)
+from longctx_layers.ops.examples import Draw
+from longctx_layers.ops.operation import Operation
+from longctx_layers.ops.segments import Segments, chunk_start, clip_tile
+from longctx_layers.ops.state_space import cpu
+from longctx_layers.ops.state_space.ssd import check_inputs, example, refuse_triton
+from longctx_layers.ops.state_space.tiles import TILE, SSDInputs, Tiles, Writes, read, running_sum
 
-_block_ssd = Operation("block_ssd")
+_operation = Operation(
+    "block_ssd",
+    examples={
+        "": partial(example, chunk_size=32),
+        "packed": partial(example, packed=True, states=2, chunk_size=32, chunk_shift=5),
+        "one token": lambda _: example(Draw(1), packed=True, states=2, chunk_size=32),
+    },
+    precise=("dt", "A", "initial_state"),
+)
 
 
 def block_ssd(
@@ -42,11 +41,11 @@ def block_ssd(
     segments: Segments | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The same recurrence read across chunk boundaries only: `ssd` without its intra-chunk term.
+    """Selective state space whose reads see only what earlier chunks wrote.
 
-    A token reads what was written before its own chunk began, decayed to the token itself; what
+    A token reads what was written before its own chunk began, decayed until the token itself; what
     its own chunk writes is read from the next chunk on. The chunk of position p of a segment is
-    `floor((p - chunk_shift) / chunk_size)`.
+    `floor((p - chunk_shift) / chunk_size)`. Otherwise as `ssd`.
 
     Args:
         x, dt, A, B, C, segments, backend: as for `ssd`. Without segments, chunks count from the
@@ -54,14 +53,21 @@ def block_ssd(
         chunk_size: tokens in a chunk, at least 1.
         chunk_shift: where the first whole chunk begins, `0 <= chunk_shift < chunk_size`.
         initial_state: `(readable, pending)`, each `[B, H, P, N]`, float32 at least: what the
-            tokens before this call wrote before the chunk that is open now, and in it.
+            tokens before this call wrote before the current chunk, and in the current chunk.
 
     Returns:
-        y `[B, T, H, P]` in x's dtype, and the final `(readable, pending)`. A chunk that ends with
-        the last token is readable already, and nothing is pending.
+        y `[B, T, H, P]` in x's dtype, and the final `(readable, pending)`. If a chunk ends with the
+        last token, it is already readable and nothing is pending.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or sizes that do not fit.
+
+    >>> import torch
+    >>> x, dt, A = torch.randn(1, 10, 2, 8), torch.rand(1, 10, 2), -torch.ones(2)
+    >>> B, C = torch.randn(2, 1, 10, 4)
+    >>> y, (readable, pending) = block_ssd(x, dt, A, B, C, chunk_size=5)
+    >>> y.shape, bool((y[:, :5] == 0).all()), bool((pending == 0).all())
+    (torch.Size([1, 10, 2, 8]), True, True)
     """
     expect_positive("chunk_size", chunk_size)
     if not 0 <= chunk_shift < chunk_size:
@@ -69,14 +75,11 @@ def block_ssd(
             f"chunk_shift: expected 0 <= chunk_shift < chunk_size ({chunk_size}), got {chunk_shift}"
         )
     readable, pending = (None, None) if initial_state is None else initial_state
-    readable = check_inputs(x, dt, A, B, C, "initial_state[0]", readable, segments)
-    pending = check_inputs(x, dt, A, B, C, "initial_state[1]", pending, segments)
-    result: tuple[Tensor, tuple[Tensor, Tensor]] = _block_ssd(
-        x,
-        dt,
-        A,
-        B,
-        C,
+    inputs = SSDInputs(x, dt, A, B, C)
+    readable = check_inputs(inputs, "initial_state[0]", readable, segments)
+    pending = check_inputs(inputs, "initial_state[1]", pending, segments)
+    result: tuple[Tensor, tuple[Tensor, Tensor]] = _operation(
+        inputs,
         chunk_size=chunk_size,
         chunk_shift=chunk_shift,
         initial_state=(readable, pending),
@@ -86,13 +89,9 @@ def block_ssd(
     return result
 
 
-@_block_ssd.register("triton", refuse=refuse_triton)
-def _block_ssd_triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
+@_operation.register("triton", refuse=refuse_triton)
+def _triton(
+    inputs: SSDInputs,
     *,
     chunk_size: int,
     chunk_shift: int,
@@ -102,17 +101,18 @@ def _block_ssd_triton(
     from longctx_layers.kernels.ssd import ssd as kernel  # imports Triton
 
     start = None if segments is None else segments.start
-    until = _readable_until(x, segments, chunk_size, chunk_shift)
-    dt, log_decay = steps(dt, A, torch.float64, segments)  # see ssd
+    until = _readable_until(inputs.x, segments, chunk_size, chunk_shift)
+    dt, log_decay = inputs.steps(torch.float64, segments)  # see ssd
     state = torch.stack(initial_state)
-    y, final = kernel(x, dt.to(state.dtype), log_decay, B, C, state, start, until)
+    dt = dt.to(state.dtype)
+    y, final = kernel(inputs.x, dt, log_decay, inputs.B, inputs.C, state, start, until)
     return y, (final[0], final[1])
 
 
 def _readable_until(x: Tensor, segments: Segments | None, size: int, shift: int) -> Tensor:
-    """Before which token each one reads writes, `[1 or B, T + 1]`.
+    """The token before which each one reads writes, `[1 or B, T + 1]`.
 
-    The last entry, and those at pads, are those of the token right behind the row's last real one.
+    The last entry, and those at padding, are for the token right after the row's last real one.
     """
     index = torch.arange(x.shape[1] + 1, device=x.device)[None]
     if segments is None:
@@ -122,68 +122,35 @@ def _readable_until(x: Tensor, segments: Segments | None, size: int, shift: int)
     return torch.maximum(chunk_start(index, start, size, shift), start)
 
 
-def _refuse_cpu(
-    x: Tensor, *_: Any, chunk_size: int, chunk_shift: int, segments: Segments | None, **__: Any
-) -> str | None:
-    if (reason := refuse_cpu(x)) is not None:
-        return reason
-    if segments is not None or chunk_shift:
-        return "takes chunks that count from the call's first token"
-    if chunk_size == 1:
-        return "takes chunks of at least two tokens"
-    return None
+_operation.register("cpu", refuse=cpu.refuse_block_ssd)(cpu.block_ssd)
 
 
-@_block_ssd.register("cpu", refuse=_refuse_cpu)
-def _block_ssd_cpu(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
+@_operation.register("torch")
+def _torch(
+    inputs: SSDInputs,
     *,
     chunk_size: int,
     chunk_shift: int,
     initial_state: tuple[Tensor, Tensor],
     segments: Segments | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    readable, pending = initial_state
-    inputs = x, *steps(dt, A, readable.dtype, None), B, C, readable + pending
-    y, before, added, fade = scan_tiles(*inputs, tile=chunk_size, within=False)
-    if x.shape[1] % chunk_size == 0:
-        return y, (fade * before + added, 0 * added)  # with a gradient, as the others
-    return y, (fade * before, added)
-
-
-@_block_ssd.register("torch")
-def _block_ssd_torch(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    chunk_size: int,
-    chunk_shift: int,
-    initial_state: tuple[Tensor, Tensor],
-    segments: Segments | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    inputs = Inputs(x, dt, A, B, C, initial_state[0].dtype, segments)
+    writes = Writes(inputs, initial_state[0].dtype, segments)
     if segments is None:
-        y, state = _aligned_blocks(inputs, chunk_size, chunk_shift, *initial_state)
-    elif x.shape[1] == 1:
-        y, state = _block_one(inputs, segments, chunk_size, chunk_shift, *initial_state)
+        y, state = _aligned_blocks(writes, chunk_size, chunk_shift, *initial_state)
+    elif inputs.x.shape[1] == 1:
+        y, state = _block_one(writes, segments, chunk_size, chunk_shift, *initial_state)
     else:
-        y, state = _blocks_anywhere(inputs, segments, chunk_size, chunk_shift, *initial_state)
-    return y.to(x.dtype), state
+        y, state = _blocks_anywhere(writes, segments, chunk_size, chunk_shift, *initial_state)
+    return y.to(inputs.x.dtype), state
 
 
 def _aligned_blocks(
-    inputs: Inputs, size: int, shift: int, readable: Tensor, pending: Tensor
+    writes: Writes, size: int, shift: int, readable: Tensor, pending: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Chunks are the tiles, and nothing is read within them; the last one stays open."""
-    front, length = (size - shift) % size, inputs.u.shape[1]
-    tiles = inputs.tile(size, front, spare=1)
+    front = (size - shift) % size
+    length = writes.u.shape[1]
+    tiles = Tiles(writes, size, front, spare=1)
     added = tiles.added()
     if front:
         # Tokens before the first whole chunk continue the open one.
@@ -193,8 +160,8 @@ def _aligned_blocks(
         readable = readable + pending
     before, _ = tiles.before(readable, added)
     y = read(tiles.C, before, tiles.sums, None).flatten(1, 2)[:, front : front + length]
-    # Exported programs have spare tiles, see `cover`. In torch 2.8 compiled ones think they are
-    # exported, and an index in brackets would make a graph for each length.
+    # Exported programs have spare tiles, see `cover`. In torch 2.8, `is_exporting` also holds in
+    # compiled graphs, where an index in brackets would cause one graph for each length.
     last = (front + length) // size if torch.compiler.is_exporting() else -1
     fade = tiles.total.select(1, last)[..., None, None].exp().to(added.dtype)
     kept = added.select(1, last).clone()  # a view would keep all of `added`
@@ -202,14 +169,14 @@ def _aligned_blocks(
 
 
 def _block_one(
-    inputs: Inputs,
+    writes: Writes,
     segments: Segments,
     size: int,
     shift: int,
     readable: Tensor,
     pending: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One token: chunk boundaries are passed where the token begins or ends a chunk."""
+    """One token, which passes a chunk boundary where it begins or ends a chunk."""
 
     def pass_boundary(
         index: Tensor, start: Tensor, readable: Tensor, pending: Tensor
@@ -218,37 +185,38 @@ def _block_one(
         begins = begins[:, None, None, None]
         return torch.where(begins, readable + pending, readable), torch.where(begins, 0, pending)
 
-    start, alive = segments.start[:, 0], segments.start < 0
+    start = segments.start[:, 0]
+    alive = segments.start < 0
     readable, pending = pass_boundary(torch.zeros_like(start), start, readable, pending)
-    readable = step(inputs, readable, alive, write=False)
-    pending = step(inputs, pending, alive)
-    y = read_one(inputs, readable)
+    readable = writes.step(readable, alive, write=False)
+    pending = writes.step(pending, alive)
+    y = writes.read_one(readable)
     return y, pass_boundary(segments.length, start, readable, pending)
 
 
 def _blocks_anywhere(
-    inputs: Inputs,
+    writes: Writes,
     segments: Segments,
     size: int,
     shift: int,
     readable: Tensor,
     pending: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Chunks that begin anywhere in a row: tiles at least as long, and a read over two of them.
+    """Chunks that begin anywhere in a row: tiles at least as long, and reads over two of them.
 
-    A token's chunk began in its own tile or the one before, so the state before that tile lies
-    wholly behind the boundary, and the writes since then are read one by one under a mask.
+    A token's chunk began in its own tile or the one before. So the state before that tile is
+    readable as a whole, and the writes since then are read one by one under a mask.
     """
-    length = inputs.u.shape[1]
-    tiles = inputs.tile(shortened(max(TILE, size), length))
+    length = writes.u.shape[1]
+    tiles = Tiles(writes, clip_tile(max(TILE, size), length))
     index = tiles.token
     assert tiles.start is not None
     boundary = chunk_start(index, tiles.start, size, shift)
     before, _ = tiles.before(readable + pending)
     base = torch.cat([readable[:, None], before[:, :-1]], dim=1)
     previous = F.pad(tiles.total, (0, 0, 1, 0))[:, :-1, :, None]  # decay of the tile before
-    behind = F.pad(index[:-1, 0], (1, 0))[:, None]  # where that tile began
-    y = read(tiles.C, base, tiles.sums + previous, tiles.start < behind)
+    base_index = F.pad(index[:-1, 0], (1, 0))[:, None]  # where that tile began
+    y = read(tiles.C, base, tiles.sums + previous, tiles.start < base_index)
     mask = (index[:, None] >= tiles.start[..., None]) & (index[:, None] < boundary[..., None])
     y = y + tiles.read_written(tiles.u, tiles.B, tiles.sums, mask)
     if tiles.count > 1:
@@ -263,12 +231,12 @@ def _blocks_anywhere(
         mask = mask & (earlier >= 0)[:, None]
         sums = shifted(tiles.sums) - previous
         y = y + tiles.read_written(shifted(tiles.u), shifted(tiles.B), sums, mask)
-    # Pending writes of an earlier call: readable for the chunks that begin in this one.
+    # Pending writes of an earlier call are readable for the chunks that begin in this one.
     late = (tiles.start[:, :1] < 0) & (boundary[:, :1] >= 0)
     head = read(tiles.C[:, :1], pending[:, None], tiles.sums[:, :1], late)
     y = torch.cat([y[:, :1] + head, y[:, 1:]], dim=1).flatten(1, 2)[:, :length]
 
-    # At the row's end, the writes before the boundary of the next token's chunk are readable.
+    # At the end of a row, the writes before the next token's chunk are readable.
     start = segments.next_start()[:, None, None]
     boundary = chunk_start(segments.length[:, None, None], start, size, shift)
     total = running_sum(tiles.total, 1)
@@ -285,4 +253,4 @@ def _blocks_anywhere(
     )
 
 
-_block_ssd.register("reference")(reference.block_ssd)
+_operation.register("reference")(reference.block_ssd)

@@ -1,8 +1,8 @@
 """Selective state spaces on a CPU: forward and backward over tiles, with few passes over memory.
 
-The mathematics of the torch path, with three differences: the state goes from tile to tile in a
-loop, products overwrite what is not needed again, and decays within a tile are made head by head,
-and anew in the backward pass.
+The mathematics is that of the torch path, with three differences: the state goes from tile to tile
+in a loop, products overwrite what is not needed any more, and decays within a tile are computed
+head by head, once more in the backward pass.
 """
 
 from __future__ import annotations
@@ -16,43 +16,77 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longctx_layers.ops.cpu_support import padded
-from longctx_layers.ops.segments import Segments, cover
-from longctx_layers.ops.state_space.diagonal import segment_sums, tile_starts
+from longctx_layers.ops.segments import Segments
+from longctx_layers.ops.state_space.tiles import TILE, SSDInputs, segment_sums, tile_starts
 
 
-def scan_tiles(
-    x: Tensor,
-    dt: Tensor,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial: Tensor,
+def refuse_ssd(inputs: SSDInputs, **_: Any) -> str | None:
+    """Why the CPU path can't run a call of `ssd`, or None."""
+    if inputs.x.shape[1] == 1:
+        return "takes no single token, which has no tiles"
+    return None
+
+
+def ssd(
+    inputs: SSDInputs, *, initial_state: Tensor, segments: Segments | None
+) -> tuple[Tensor, Tensor]:
+    """`longctx_layers.ops.ssd` on a CPU."""
+    y, before, added, fade = _scan_tiles(inputs, initial_state, TILE, True, segments)
+    return y, fade * before + added
+
+
+def refuse_block_ssd(
+    inputs: SSDInputs, *, chunk_size: int, chunk_shift: int, segments: Segments | None, **_: Any
+) -> str | None:
+    """Why the CPU path can't run a call of `block_ssd`, or None."""
+    if (reason := refuse_ssd(inputs)) is not None:
+        return reason
+    if segments is not None or chunk_shift:
+        return "takes chunks that count from the call's first token"
+    if chunk_size == 1:
+        return "takes chunks of at least two tokens"
+    return None
+
+
+def block_ssd(
+    inputs: SSDInputs,
     *,
-    tile: int,
-    within: bool,
-    segments: Segments | None = None,
+    chunk_size: int,
+    chunk_shift: int,
+    initial_state: tuple[Tensor, Tensor],
+    segments: Segments | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`longctx_layers.ops.block_ssd` on a CPU, without shift and segments."""
+    readable, pending = initial_state
+    y, before, added, fade = _scan_tiles(inputs, readable + pending, chunk_size, False, None)
+    if inputs.x.shape[1] % chunk_size == 0:
+        return y, (fade * before + added, 0 * added)  # zero, but with a gradient
+    return y, (fade * before, added)
+
+
+def _scan_tiles(
+    inputs: SSDInputs, initial: Tensor, tile: int, within: bool, segments: Segments | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read the state of `ssd` or `block_ssd`, tile by tile.
+    """Update and read the state, tile by tile.
 
     Args:
-        x, dt, B, C: as for `ssd`; no step at pads.
-        log_decay: `[B, T, H]`, of dt's dtype, that of the state.
+        inputs, segments: as for `ssd`.
         initial: the state before the first token, `[B, H, P, N]`.
         tile: tokens in a tile.
         within: whether tokens read what their own tile wrote before them.
-        segments: as for `ssd`.
 
     Returns:
-        y `[B, T, H, P]` in x's dtype; the state before the last tile, and what that one adds to it,
+        y `[B, T, H, P]` in x's dtype; the state before the last tile and what that one adds to it,
         `[B, H, P, N]`; and the decay over the last tile `[B, H, 1, 1]`.
     """
-    tiles = cover(x.shape[1], tile)
-    back = tiles * tile - x.shape[1]
+    length = inputs.x.shape[1]
+    tiles = -(-length // tile)
+    back = tiles * tile - length
+    dt, log_decay = inputs.steps(initial.dtype, segments)
     log_decay = F.pad(log_decay, (0, 0, 0, back)).unflatten(1, (tiles, tile))
     sums = segment_sums(log_decay.mT)  # [B, n, H, L]
     start = None if segments is None else tile_starts(segments.start, tiles, tile)
-    y, before, added = _Scan.apply(x, dt, sums, B, C, initial, start, within)
+    y, before, added = _Scan.apply(inputs.x, dt, sums, inputs.B, inputs.C, initial, start, within)
     fade = sums[:, -1, :, -1].exp().to(initial.dtype)
     if start is not None:
         fade = fade * (start[:, -1, -1] < (tiles - 1) * tile)[:, None]
@@ -60,7 +94,7 @@ def scan_tiles(
 
 
 class _Scan(torch.autograd.Function):
-    """See `scan_tiles`; sums `[B, n, H, L]` of log-decays over tiles, start `[B, n, L]` or None."""
+    """See `_scan_tiles`; sums `[B, n, H, L]` of log-decays in tiles, start `[B, n, L]` or None."""
 
     @staticmethod
     def forward(
@@ -98,8 +132,8 @@ class _Scan(torch.autograd.Function):
         x, dt, sums, B, C, start, before = ctx.saved_tensors
         tiles = _Tiles(x, dt, sums, B, C, start)
         dy = tiles.cut(dy)
-        # Gradients of the states before each tile; the one before tile n + 1 is also that of what
-        # tile n adds.
+        # Gradients of the states before each tile. The one before tile n + 1 is also the gradient
+        # of what tile n adds.
         faded = (dy * tiles.fade_in).flatten(2)
         dstates = before.new_empty(len(before), before.shape[1] + 1, *before.shape[2:])
         dstates[:, :-1] = (faded.mT @ tiles.C).view_as(before)
@@ -130,7 +164,7 @@ class _Scan(torch.autograd.Function):
                 dproducts.addcmul_(gradient, decay)
                 weight = decay.mul_(products)
                 du[:, :, h] += torch.bmm(weight.mT, dy[:, :, h])
-                # In float64: one token's decay gets a small difference of large sums of these.
+                # In float64: the gradient of one decay is a small difference of large sums.
                 gradient.mul_(weight)
                 dsums[:, h] += gradient.sum(-1, dtype=dsums.dtype)
                 dsums[:, h] -= gradient.sum(-2, dtype=dsums.dtype)
@@ -158,40 +192,48 @@ class _Tiles:
     Attributes:
         u: `x * dt` `[M, L, H, P]`.
         B, C: `[M, L, N]`.
-        fade_in, fade_out: decays from a tile's begin to each token, and from each to its end,
-            `[M, L, H, 1]`.
+        fade_in, fade_out: decays from the begin of a tile to each token, and from each token to
+            the tile's end, `[M, L, H, 1]`.
         decay: over whole tiles, `[B, n, H, 1, 1]`.
     """
 
     def __init__(
         self, x: Tensor, dt: Tensor, sums: Tensor, B: Tensor, C: Tensor, start: Tensor | None
     ) -> None:
-        self.dtype, (self.batch, self.count, _, self.size) = dt.dtype, sums.shape
-        self.length, self.sums = x.shape[1], sums.flatten(0, 1)
+        self.dtype = dt.dtype
+        self.batch, self.count, _, self.size = sums.shape
+        self.length = x.shape[1]
+        self.sums = sums.flatten(0, 1)
         self.back = self.count * self.size - self.length
         u = x.new_empty(self.batch, self.count * self.size, *x.shape[2:], dtype=self.dtype)
         torch.mul(x, dt[..., None], out=u[:, : self.length])
         u[:, self.length :].zero_()
         self.u = u.unflatten(1, (self.count, self.size)).flatten(0, 1)
-        self.B, self.C = self.cut(B), self.cut(C)
+        self.B = self.cut(B)
+        self.C = self.cut(C)
         total = self.sums[..., -1:]
-        fade_in, fade_out = self.sums.exp(), (total - self.sums).exp()
+        fade_in = self.sums.exp()
+        fade_out = (total - self.sums).exp()
         decay = total.exp()
         row = torch.arange(self.size)
         self.hidden = (row > row[:, None])[None]
         if start is not None:
             begin = self.size * torch.arange(self.count)[:, None]
             reached = (start < begin).flatten(0, 1)[:, None]  # by the state before the tile
-            fade_in, decay = fade_in * reached, decay * reached[..., -1:]
+            fade_in = fade_in * reached
+            decay = decay * reached[..., -1:]
             start = (start - begin).flatten(0, 1)  # counted in the tile
             fade_out = fade_out * (row >= start[:, -1:])[:, None]
             self.hidden = self.hidden | (row < start[..., None])
-        self.fade_in, self.fade_out = (f.to(self.dtype).mT[..., None] for f in (fade_in, fade_out))
+        self.fade_in = fade_in.to(self.dtype).mT[..., None]
+        self.fade_out = fade_out.to(self.dtype).mT[..., None]
         self.decay = decay.to(self.dtype).view(self.batch, self.count, -1, 1, 1)
 
     def cut(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` to `[M, L, ...]`."""
-        x = padded(x, 1, 0, self.back, self.dtype)
+        x = x.to(self.dtype)
+        if self.back:
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.back))
         return x.unflatten(1, (self.count, self.size)).flatten(0, 1)
 
     def rows(self, x: Tensor) -> Tensor:

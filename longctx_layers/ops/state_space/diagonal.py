@@ -1,25 +1,36 @@
-"""Linear recurrences: the carry across tiles that all of them share, and the diagonal one."""
+"""The diagonal linear recurrence, per channel."""
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx_layers.ops import reference, triton_support
-from longctx_layers.ops.backends import Operation
+from longctx_layers.ops import availability, reference
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape, expect_tensor
-from longctx_layers.ops.second_order import forward_mode
-from longctx_layers.ops.segments import Segments, cover, shortened
+from longctx_layers.ops.operation import Operation
+from longctx_layers.ops.segments import Segments, clip_tile, cover
+from longctx_layers.ops.state_space.tiles import (
+    MIN_LOG_DECAY,
+    TILE,
+    carry,
+    segment_sums,
+    tile_starts,
+)
 
-_TILE = 64
-# exp of this is 0 in every dtype, and sums of many of them stay exact enough in float64.
-MIN_LOG_DECAY = -1e4
-
-_operation = Operation("diagonal_scan")
+_operation = Operation(
+    "diagonal_scan",
+    examples={
+        "": lambda draw: {"u": draw(2, draw.length, 96), "log_decay": -draw(96).abs() / 8},
+        "packed": lambda draw: {
+            "u": draw(2, draw.length, 96),
+            "log_decay": -draw(2, draw.length, 96).abs() / 8,
+            "initial_state": draw(2, 96),
+            "segments": draw.segments(),
+        },
+    },
+    precise=("log_decay", "initial_state"),
+)
 
 
 def diagonal_scan(
@@ -30,7 +41,7 @@ def diagonal_scan(
     segments: Segments | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Diagonal linear recurrence `h_t = exp(log_decay_t) * h_{t-1} + u_t`, per channel.
+    """Diagonal linear recurrence: `h_t = exp(log_decay_t) * h_{t-1} + u_t` in each channel.
 
     Args:
         u: inputs `[B, T, N]`.
@@ -46,6 +57,11 @@ def diagonal_scan(
         ValueError, TypeError: for shapes or dtypes that do not fit.
 
     Source: Gu et al., S4D, arXiv 2206.11893; Orvieto et al., LRU, 2303.06349.
+
+    >>> import torch
+    >>> h, final = diagonal_scan(torch.ones(1, 3, 1), torch.tensor([0.5]).log())
+    >>> h[0, :, 0]
+    tensor([1.0000, 1.5000, 1.7500])
     """
     expect_float("u", u, "[B, T, N]")
     expect_tensor("log_decay", log_decay, "[N] or [B, T, N]")
@@ -69,14 +85,15 @@ def diagonal_scan(
     return result
 
 
-@_operation.register("triton", refuse=triton_support.refuse)
+@_operation.register("triton", refuse=availability.refuse_triton)
 def _triton(
     u: Tensor, log_decay: Tensor, *, initial_state: Tensor, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
     from longctx_layers.kernels.diagonal import diagonal_scan as kernel  # imports Triton
 
-    start, length = (None, None) if segments is None else (segments.start, segments.length)
-    # The exponential is torch's: an error of the GPU's fast one would grow with the time scale.
+    start = None if segments is None else segments.start
+    length = None if segments is None else segments.length
+    # torch's exponential: an error of the GPU's fast one would grow with the time scale.
     decay = log_decay.to(initial_state.dtype).exp()
     h, final = kernel(u, decay, initial_state, start, length)
     return h.to(u.dtype), final
@@ -86,18 +103,21 @@ def _triton(
 def _torch(
     u: Tensor, log_decay: Tensor, *, initial_state: Tensor, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
-    dtype, state = u.dtype, initial_state
-    u, log_decay = u.to(state.dtype), log_decay.to(state.dtype).clamp(min=MIN_LOG_DECAY)
+    dtype = u.dtype
+    state = initial_state
+    u = u.to(state.dtype)
+    log_decay = log_decay.to(state.dtype).clamp(min=MIN_LOG_DECAY)
     if segments is not None:
         real = segments.real()[..., None]
-        u, log_decay = torch.where(real, u, 0), torch.where(real, log_decay, 0)
+        u = torch.where(real, u, 0)
+        log_decay = torch.where(real, log_decay, 0)
     batch, length, channels = u.shape
     if length == 1:
         if segments is not None:
             state = torch.where(segments.start < 0, state, 0)
         final = torch.exp(log_decay).reshape(-1, channels) * state + u[:, 0]
         return final[:, None].to(dtype), final
-    tile = shortened(_TILE, length)
+    tile = clip_tile(TILE, length)
     tiles = cover(length, tile)
     pad = tiles * tile - length
     u = F.pad(u, (0, 0, 0, pad)).unflatten(1, (tiles, tile))
@@ -115,12 +135,12 @@ def _torch(
         log_total = log_decay.sum(2)
     before, _ = carry(local[:, :, -1, :, None], log_total, state[..., None], first)
     h = (local + cumulative * before.mT).flatten(1, 2)[:, :length]
-    # At pads the state stands still, so the last one is the final one of every row.
+    # Padding leaves the state as it is, so the last one is the final one of every row.
     return h.to(dtype), h[:, -1].clone()
 
 
 def _invariant_tiles(u: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Within tiles from a zero state: one small matrix of decays per channel, for all tiles."""
+    """States within tiles from zero, and decays: one small matrix per channel, for all tiles."""
     batch, tiles, tile, _ = u.shape
     age = torch.arange(tile, device=u.device)
     age = age[:, None] - age
@@ -131,7 +151,7 @@ def _invariant_tiles(u: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _varying_tiles(u: Tensor, log_decay: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Within tiles from a zero state, by doubling: log2(tile) steps over all tokens at once."""
+    """States within tiles from zero, and decays, by doubling: log2(tile) steps over all tokens."""
     tile = u.shape[2]
     # Decays over many tokens come from sums of logarithms: products of rounded ones drift.
     sums = segment_sums(log_decay.mT).mT
@@ -150,143 +170,6 @@ def _varying_tiles(u: Tensor, log_decay: Tensor, starts: Tensor | None) -> tuple
         behind = F.pad(sums[:, :, :-step], (0, 0, min(step, tile), 0))
         decay = torch.where(alive, (sums - behind).exp().to(u.dtype), 0)
     return u, decay
-
-
-def tile_starts(start: Tensor, tiles: int, tile: int) -> Tensor:
-    """Segment starts `[B, T]` cut into tiles `[B, tiles, tile]`; padding repeats the last one."""
-    batch, length = start.shape
-    tail = start[:, -1:].expand(batch, tiles * tile - length)
-    return torch.cat([start, tail], dim=1).unflatten(1, (tiles, tile))
-
-
-def running_sum(x: Tensor, dim: int = -1) -> Tensor:
-    """Inclusive cumulative sums along a dimension.
-
-    torch has no deterministic cumsum of floats on a GPU: under
-    `torch.use_deterministic_algorithms` this doubles the summed span instead, log2(length) times.
-    """
-    if x.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
-        return x.cumsum(dim)
-    return _doubled_sum(x.movedim(dim, -1)).movedim(-1, dim)
-
-
-def _doubled_sum(x: Tensor) -> Tensor:
-    step = 1
-    while step < x.shape[-1]:
-        x = x + F.pad(x[..., :-step], (step, 0))
-        step *= 2
-    return x
-
-
-def segment_sums(log_decay: Tensor) -> Tensor:
-    """Inclusive cumulative sums over the last dimension, in float64 where the device has it.
-
-    Decays between two tokens are exponentials of differences of these sums, which would lose all
-    precision in float32 behind one very strong decay.
-    """
-    wide = log_decay.dtype if log_decay.device.type == "mps" else torch.float64
-    return running_sum(log_decay.to(wide))
-
-
-class _PreciseDifference(torch.autograd.Function):
-    """`reader_t - source_s` in a narrower dtype, with gradients summed in the inputs' float64.
-
-    The gradient of one token's decay is a small difference of large such sums.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(reader: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
-        return reader.to(dtype)[..., None] - source.to(dtype)[..., None, :]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.wide, ctx.dtype = inputs[0].dtype, inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradient.sum(-1, dtype=ctx.wide), -gradient.sum(-2, dtype=ctx.wide), None
-
-
-class _PreciseDifferenceForward(_PreciseDifference):
-    """The same with a rule for forward-mode derivatives, which torch.compile refuses to trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, reader: Tensor, source: Tensor, _: None) -> Tensor:
-        return (reader[..., None] - source[..., None, :]).to(ctx.dtype)
-
-
-def decay_between(reader: Tensor, source: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """`exp(reader_t - source_s)` where mask allows, else 0: `[..., T, S]`.
-
-    The sums come in float64; their difference is taken in `dtype`, without loss, as the
-    difference of their leading parts plus that of their remainders. Only the remainders carry
-    gradients.
-    """
-    if dtype == reader.dtype:
-        exponent = reader[..., None] - source[..., None, :]
-    else:
-        lead = reader.detach().to(dtype), source.detach().to(dtype)
-        exponent = lead[0][..., None] - lead[1][..., None, :]
-        forward = not torch.compiler.is_compiling() and forward_mode()
-        difference = _PreciseDifferenceForward if forward else _PreciseDifference
-        exponent = exponent + difference.apply(reader - lead[0], source - lead[1], dtype)
-    return exponent.masked_fill(~mask, -math.inf).exp()
-
-
-def carry(
-    states: Tensor, log_total: Tensor, initial: Tensor, first: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The recurrence across tiles, `h_c = exp(log_total_c) * h_{c-1} + states_c`, without a loop.
-
-    Two levels of about sqrt(n) tiles each (32 in a compiled graph), so that time and memory stay
-    far below n squared, and no loop depends on the length: torch.compile takes a dynamic one.
-
-    Args:
-        states: what each tile adds, `[B, n, H, K]`.
-        log_total: logarithm of each whole tile's decay, `[B, n, H]`.
-        initial: state before the first tile, `[B, H, K]`.
-        first: `[B, n]`, the first tile whose sum reaches the end of each tile; below 0 if the
-            initial state does too; None if all do.
-
-    Returns:
-        The states before each tile, `[B, n, H, K]`, and the one behind the last, `[B, H, K]`.
-    """
-    # The initial state is a tile of its own, in front.
-    states = torch.cat([initial[:, None], states], dim=1)
-    log_total = F.pad(log_total, (0, 0, 1, 0))
-    first = None if first is None else F.pad(first + 1, (1, 0)).clamp(min=0)
-    tiles = states.shape[1]
-    # A traced length gets a constant, since symbolic roots take the compiler minutes.
-    group = 32 if torch.compiler.is_compiling() else math.isqrt(tiles)
-    groups = cover(tiles, group)
-    pad = groups * group - tiles
-    states = F.pad(states, (0, 0, 0, 0, 0, pad)).unflatten(1, (groups, group))
-    sums = segment_sums(F.pad(log_total, (0, 0, 0, pad)).unflatten(1, (groups, group)).mT)
-    index = torch.arange(groups * group, device=states.device).unflatten(0, (groups, group))
-    if first is None:
-        first = torch.zeros_like(index)[None]
-    else:
-        first = F.pad(first, (0, pad)).unflatten(1, (groups, group))
-    # Inside the groups: [B, groups, H, group, group] @ [B, groups, H, group, K].
-    mask = (index[:, None] <= index[..., None]) & (index[:, None] >= first[..., None])
-    inside = decay_between(sums, sums, mask[:, :, None], states.dtype) @ states.transpose(2, 3)
-    # From group to group: what stands at the end of all earlier groups.
-    ends, total = inside[..., -1, :], running_sum(sums[..., -1].mT)
-    row = torch.arange(groups, device=states.device)
-    alive = (row < row[:, None]) & (
-        row >= (F.pad(first[..., -1], (1, 0))[:, :-1] // group)[..., None]
-    )
-    before = F.pad(total, (1, 0))[..., :-1]
-    across = decay_between(before, total, alive[:, None], states.dtype) @ ends.transpose(1, 2)
-    # The state before a group decays on to each of its tiles, unless a segment began since.
-    reach = first < index[:, :1]
-    fade = sums.exp().to(states.dtype) * reach[:, :, None]
-    after = inside + fade[..., None] * across.transpose(1, 2)[..., None, :]
-    after = after.transpose(2, 3).flatten(1, 2)[:, :tiles]
-    # A copy: as a view, the final state would keep all of them alive.
-    return after[:, :-1], after[:, -1].clone()
 
 
 _operation.register("reference")(reference.diagonal_scan)

@@ -1,4 +1,4 @@
-"""Loss by position on held-out text, read with a state and past the training length."""
+"""Loss by position on held-out text, read as a stream, beyond the training length."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longctx_layers.evals import buckets, stream
+from longctx_layers.data.tokenizers import Tokenizer
+from longctx_layers.evals import Interval, buckets, mean_interval, paired_interval, stream
 from longctx_layers.reports.checkpoint import Checkpoint, tokenizers_differ
 from longctx_layers.reports.content import Part, Picture, Section, Table
 from longctx_layers.reports.figures import lengths_along, mark_place, new_figure, png
 from longctx_layers.reports.text import Text, encoded
 
-PIECE = 1024  # tokens read at once, and what the state carries on from
+PIECE = 1024  # tokens that are read at once, with the state carried along
 TOKENS_AT_ONCE = 8192
-NORMAL = 1.96  # half a 95 % interval, in standard errors
 
 
 class Losses(NamedTuple):
-    """What a checkpoint made of the text.
+    """The losses of a checkpoint on the text.
 
     Attributes:
-        rows: `[T]` losses of each document's tokens in nats, float64; of another tokenizer than
-            the first checkpoint's their lengths differ.
-        n_bytes: what all of these tokens stand for.
+        rows: `[T]` losses of each document's tokens in nats, float64; lengths differ if the
+            tokenizer is not that of the first checkpoint.
+        n_bytes: number of bytes that all these tokens stand for.
     """
 
     checkpoint: Checkpoint
@@ -36,104 +36,99 @@ class Losses(NamedTuple):
 
     @property
     def tokens(self) -> Tensor:
-        """`[n, T]`, as far as all documents go."""
+        """`[n, T]`, up to the end of the shortest document."""
         shortest = min(map(len, self.rows))
         return torch.stack([row[:shortest] for row in self.rows])
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """The loss in a unit that does not depend on the tokenizer."""
         return sum(row.sum().item() for row in self.rows) / math.log(2) / self.n_bytes
 
 
 def measure(
     checkpoints: Sequence[Checkpoint], text: Text, longest: int, documents: int
 ) -> list[Losses]:
-    """Of those checkpoints that have a tokenizer, all on the same text."""
-    able = [one for one in checkpoints if one.tokenizer is not None]
-    first = able[0].tokenizer
+    """The losses of all checkpoints that have a tokenizer, on the same text."""
+    with_tokenizer = [(c, c.tokenizer) for c in checkpoints if c.tokenizer is not None]
+    first = with_tokenizer[0][1]
     ids = encoded(text.documents, first, longest, documents)
-    texts = [first.decode(row) for row in ids]
-    found = []
-    for one in able:
-        if one.tokenizer.fingerprint == first.fingerprint:
-            batches = list(ids.split(max(1, TOKENS_AT_ONCE // PIECE)))
-        else:
-            batches = [torch.tensor([one.tokenizer.encode(part)]) for part in texts]
-        total = sum(batch[:, 1:].numel() for batch in batches)
-        with tqdm(total=total, desc=one.label, unit="token", disable=None) as bar:
-            losses = [stream(one.model, x, piece=PIECE, progress=bar.update).loss for x in batches]
-        rows = [row for batch in losses for row in batch.double()]
-        tokens = (row for batch in batches for row in batch[:, 1:])
-        n_bytes = sum(len(one.tokenizer.decode(row).encode()) for row in tokens)
-        found.append(Losses(one, rows, n_bytes))
-    return found
+    return [_losses(checkpoint, own, ids, first) for checkpoint, own in with_tokenizer]
 
 
-def interval(values: Tensor) -> tuple[float, float]:
-    """Mean of `[n]` independent values, and half of its 95 % interval (normal)."""
-    return values.mean().item(), NORMAL * (values.std() / math.sqrt(len(values))).item()
+def _losses(checkpoint: Checkpoint, own: Tokenizer, ids: Tensor, first: Tokenizer) -> Losses:
+    """The losses on the text that `ids` `[n, T + 1]` of the tokenizer `first` stand for."""
+    if own.fingerprint == first.fingerprint:
+        batches = list(ids.split(max(1, TOKENS_AT_ONCE // PIECE)))
+    else:
+        texts = [first.decode(row) for row in ids.tolist()]
+        batches = [torch.tensor([own.encode(part)]) for part in texts]
+    total = sum(batch[:, 1:].numel() for batch in batches)
+    with tqdm(total=total, desc=checkpoint.label, unit="token", disable=None) as bar:
+        losses = [
+            stream(checkpoint.model, batch, piece=PIECE, progress=bar.update).loss
+            for batch in batches
+        ]
+    tokens = [row for batch in batches for row in batch[:, 1:].tolist()]
+    return Losses(
+        checkpoint,
+        rows=[row for batch in losses for row in batch.double()],
+        n_bytes=sum(len(own.decode(row).encode()) for row in tokens),
+    )
 
 
 def by_bucket(tokens: Tensor) -> list[tuple[int, int, float, float]]:
-    """`(first, last, mean, half an interval)` of positions 1-16, 17-32, 33-64, ..."""
-    places = [(first, last) for first, last, _ in buckets([0.0] * tokens.shape[1])]
-    return [(a, b, *interval(tokens[:, a - 1 : b].mean(1))) for a, b in places]
+    """`(first, last, mean, half an interval)` of the positions 1-16, 17-32, 33-64, ..."""
+    rows: list[tuple[int, int, float, float]] = []
+    for first, last, _ in buckets([0.0] * tokens.shape[1]):
+        interval = mean_interval(tokens[:, first - 1 : last].mean(1))
+        rows.append((first, last, interval.mean, interval.half))
+    return rows
 
 
-def section(found: Sequence[Losses], text: Text) -> Section:
-    """A picture, what the losses are and whether they rise past the training length."""
-    same = not tokenizers_differ([one.checkpoint for one in found])
-    n, length = found[0].tokens.shape
+def section(losses: Sequence[Losses], text: Text) -> Section:
+    """A picture, the mean losses, and whether they rise beyond the training length."""
+    same = not tokenizers_differ([own.checkpoint for own in losses])
+    n, length = losses[0].tokens.shape
     parts: list[Part] = [
         f"{n} {text.source}, the first {length:,} tokens of each, read in pieces of {PIECE:,} with "
-        "the state carried on. Intervals are of 95 % over the documents (normal).",
-        Picture("loss_by_position", "Loss by position in held-out documents", draw(found)),
-        _table(found, same),
+        "the state carried along. Intervals are of 95 % over the documents (normal).",
+        Picture("loss_by_position", "Loss by position in held-out documents", draw(losses)),
+        _means(losses, same),
     ]
     if not same:
         parts.append(
             "The checkpoints have different tokenizers: only the bits per byte can be compared."
         )
-    elif len(found) > 1:
-        parts.append(_beside_the_first(found))
-    parts += [said for one in found if (said := past_training(one))]
-    rows = by_bucket(found[0].tokens)
-    if len({f.tokens.shape[1] for f in found}) == 1:
-        columns = [by_bucket(f.tokens) for f in found]
-        parts.append(
-            Table(
-                ["position (tokens)", *(f"{f.checkpoint.label} (nats/token)" for f in found)],
-                [
-                    [f"{a:,} to {b:,}", *(f"{c[i][2]:.3f} ± {c[i][3]:.3f}" for c in columns)]
-                    for i, (a, b, *_) in enumerate(rows)
-                ],
-            )
-        )
+    elif len(losses) > 1:
+        parts.append(_differences(losses))
+    parts += [sentence for own in losses if (sentence := past_training(own))]
+    if len({own.tokens.shape[1] for own in losses}) == 1:
+        parts.append(_positions(losses))
     numbers = {
-        f.checkpoint.label: {
-            "documents": len(f.tokens),
-            "tokens_of_each": f.tokens.shape[1],
-            "nats_per_token": f.tokens.mean().item(),
-            "bits_per_byte": f.bits_per_byte,
-            "by_position": by_bucket(f.tokens),
+        own.checkpoint.label: {
+            "documents": len(own.tokens),
+            "tokens_of_each": own.tokens.shape[1],
+            "nats_per_token": own.tokens.mean().item(),
+            "bits_per_byte": own.bits_per_byte,
+            "by_position": by_bucket(own.tokens),
         }
-        for f in found
+        for own in losses
     }
     return Section("Loss by position", parts, numbers)
 
 
-def _table(found: Sequence[Losses], same: bool) -> Table:
-    rows = []
-    for one in found:
-        mean, half = interval(one.tokens.mean(1))
+def _means(losses: Sequence[Losses], same: bool) -> Table:
+    rows: list[list[str]] = []
+    for own in losses:
+        mean = mean_interval(own.tokens.mean(1))
         rows.append(
             [
-                one.checkpoint.label,
-                f"{mean:.4f} ± {half:.4f}",
-                f"{one.bits_per_byte:.4f}",
-                f"{math.exp(min(mean, 700)):.3f}" if same else "-",
-                f"{sum(map(len, one.rows)):,}",
+                own.checkpoint.label,
+                _plus_minus(mean, ".4f"),
+                f"{own.bits_per_byte:.4f}",
+                f"{math.exp(min(mean.mean, 700)):.3f}" if same else "-",
+                f"{sum(map(len, own.rows)):,}",
             ]
         )
     return Table(
@@ -141,50 +136,71 @@ def _table(found: Sequence[Losses], same: bool) -> Table:
     )
 
 
-def _beside_the_first(found: Sequence[Losses]) -> str:
-    """Differences on the same documents: much surer than those between the means."""
-    first, said = found[0], []
-    for one in found[1:]:
-        mean, half = interval(one.tokens.mean(1) - first.tokens.mean(1))
-        said.append(f"{one.checkpoint.label} {mean:+.4f} ± {half:.4f}")
+def _plus_minus(interval: Interval, form: str) -> str:
+    return f"{interval.mean:{form}} ± {interval.half:{form.removeprefix('+')}}"
+
+
+def _differences(losses: Sequence[Losses]) -> str:
+    """Differences on the same documents, which are far more certain than those of the means."""
+    first = losses[0]
+    differences: list[str] = []
+    for own in losses[1:]:
+        interval = paired_interval(own.tokens.mean(1), first.tokens.mean(1))
+        differences.append(f"{own.checkpoint.label} {_plus_minus(interval, '+.4f')}")
     return (
         f"Loss minus that of {first.checkpoint.label}, paired by document (nats per token): "
-        f"{'; '.join(said)}."
+        f"{'; '.join(differences)}."
     )
 
 
-def past_training(one: Losses) -> str | None:
-    """Whether the loss rises behind the training length, in words; None if nothing is known."""
-    trained, length = one.checkpoint.trained_length, one.tokens.shape[1]
+def past_training(losses: Losses) -> str | None:
+    """A sentence on whether the loss rises beyond the training length; None if it is not known."""
+    trained = losses.checkpoint.trained_length
+    length = losses.tokens.shape[1]
     if not trained or trained < 2 or trained >= length:
         return None
-    before = one.tokens[:, trained // 2 : trained].mean(1)
-    mean, half = interval(one.tokens[:, trained:].mean(1) - before)
-    trend = "rises" if mean > half else "falls" if mean < -half else "neither rises nor falls"
+    within = losses.tokens[:, trained // 2 : trained].mean(1)
+    change = paired_interval(losses.tokens[:, trained:].mean(1), within)
+    trend = "rises" if change.low > 0 else "falls" if change.high < 0 else "neither rises nor falls"
     return (
-        f"{one.checkpoint.label} was trained on {trained:,} tokens. Behind them, up to "
-        f"{length:,}, its loss {trend}: {mean:+.4f} ± {half:.4f} nats per token against the second "
+        f"{losses.checkpoint.label} was trained on {trained:,} tokens. From there to {length:,} "
+        f"tokens its loss {trend}: {_plus_minus(change, '+.4f')} nats per token against the second "
         "half of the training length, paired by document."
     )
 
 
-def draw(found: Sequence[Losses]) -> bytes:
-    """Means over positions 1-16, 17-32, ... with their intervals, as a PNG."""
+def _positions(losses: Sequence[Losses]) -> Table:
+    columns = [by_bucket(own.tokens) for own in losses]
+    rows = [
+        [
+            f"{first:,} to {last:,}",
+            *(f"{column[i][2]:.3f} ± {column[i][3]:.3f}" for column in columns),
+        ]
+        for i, (first, last, *_) in enumerate(columns[0])
+    ]
+    labels = [f"{own.checkpoint.label} (nats/token)" for own in losses]
+    return Table(["position (tokens)", *labels], rows)
+
+
+def draw(losses: Sequence[Losses]) -> bytes:
+    """Means over the positions 1-16, 17-32, ... with their intervals, as a PNG."""
     figure, axes = new_figure(
         "Loss by position, in held-out documents",
         "position in the document (tokens)",
         "loss (nats per token)",
     )
-    for one in found:
-        rows = by_bucket(one.tokens)
+    for own in losses:
+        rows = by_bucket(own.tokens)
         places = [math.sqrt(first * last) for first, last, *_ in rows]
-        means, halves = ([row[i] for row in rows] for i in (2, 3))
-        low = [m - h for m, h in zip(means, halves, strict=True)]
-        high = [m + h for m, h in zip(means, halves, strict=True)]
-        c = one.checkpoint
+        means = [mean for *_, mean, _ in rows]
+        low = [mean - half for *_, mean, half in rows]
+        high = [mean + half for *_, mean, half in rows]
+        c = own.checkpoint
         axes.fill_between(places, low, high, color=c.colour, alpha=0.15, linewidth=0)
         axes.plot(places, means, color=c.colour, marker=c.mark, markersize=5, label=c.label)
     lengths_along(axes)
-    for trained in {f.checkpoint.trained_length for f in found if f.checkpoint.trained_length}:
-        mark_place(axes, trained, "training\nlength")
-    return png(figure, axes, columns=min(3, len(found)) if len(found) < 4 else 2)
+    trained = {own.checkpoint.trained_length for own in losses}
+    for length in trained:
+        if length:
+            mark_place(axes, length, "training\nlength")
+    return png(figure, axes, columns=min(3, len(losses)) if len(losses) < 4 else 2)

@@ -1,4 +1,4 @@
-"""Token ids that memory tasks are written in: a vocabulary of their own, or a tokenizer's."""
+"""The token ids that memory tasks are written in: ids of their own, or a tokenizer's."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-TOLD, OTHER, ASKED, FILLER = "\nThe pass key is ", "\nAnother key is ", "\nThe pass key is ", "\n"
+# The marks as text. The question repeats the sentence that states the value.
+TOLD = "\nThe pass key is "
+OTHER = "\nAnother key is "
+ASKED = "\nThe pass key is "
+FILLER = "\n"
 MOST_SYMBOLS = 128
 FEWEST_SYMBOLS = 8
+FEWEST_WORDS = 32  # with fewer, a tokenizer's letters and digits are used
 
 
 @dataclass(frozen=True)
@@ -16,12 +21,15 @@ class Vocabulary:
     """The ids of a task's symbols and marks.
 
     Attributes:
-        size: ids are below it: the model's vocab_size, or less.
+        size: all ids are below it; at most the model's vocab_size.
         symbols: ids that noise, keys and values are drawn from.
-        told: what stands before the value to remember.
-        other: what stands before a value that is not asked for.
-        asked: what stands before the answer.
-        filler: the id of a place without meaning.
+        told: the mark before the value to remember.
+        other: the mark before a value that is not asked for.
+        asked: the mark before the answer.
+        filler: the id for positions without meaning.
+
+    >>> Vocabulary(size=8, symbols=(0, 1, 2, 3), told=(4,), other=(5,), asked=(6,), filler=7).size
+    8
     """
 
     size: int
@@ -36,12 +44,12 @@ class Vocabulary:
         if min(used) < 0 or max(used) >= self.size:
             raise ValueError(
                 f"Vocabulary: expected ids in [0, {self.size}), got ids from {min(used)} to "
-                f"{max(used)}; give the model's vocab_size as size"
+                f"{max(used)}; pass the model's vocab_size as size"
             )
         if not (self.told and self.other and self.asked):
-            raise ValueError("Vocabulary: expected marks of at least one id, got an empty one")
+            raise ValueError("Vocabulary: expected marks of at least one id, got an empty mark")
         if len(set(self.symbols)) < len(self.symbols):
-            raise ValueError("Vocabulary: expected distinct symbols, got one of them twice")
+            raise ValueError("Vocabulary: expected distinct symbols, got a symbol twice")
 
 
 SYNTHETIC = Vocabulary(132, tuple(range(128)), (128,), (129,), (130,), 131)
@@ -50,27 +58,32 @@ SYNTHETIC = Vocabulary(132, tuple(range(128)), (128,), (129,), (130,), 131)
 def text_vocabulary(
     encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str], size: int
 ) -> Vocabulary:
-    """The tasks in the ids of a text tokenizer, so that they are text a model may have met.
+    """A vocabulary from a text tokenizer, so that a pretrained model meets familiar text.
 
-    Marks are sentences (`The pass key is `, and the same again to ask for it). Symbols are tokens
-    that are words of lower-case letters, with the space before them; a tokenizer that has fewer
-    than 32 such words (one of bytes) gives its letters and digits instead.
+    Marks are sentences (`The pass key is `, repeated to ask for the value). Symbols are tokens that
+    are words of lower-case letters with the space before them; a tokenizer with fewer than 32 of
+    those, such as one of bytes, contributes its letters and digits instead.
 
     Args:
         encode, decode: the tokenizer's, without special tokens.
         size: the model's vocab_size.
 
     Raises:
-        ValueError: if the tokenizer has neither.
+        ValueError: if the tokenizer has neither words nor letters.
+
+    >>> vocabulary = text_vocabulary(lambda text: list(text.encode()), lambda i: chr(i[0]), 256)
+    >>> len(vocabulary.symbols)
+    62
     """
     texts = {i: decode([i]) for i in range(size)}
     words = [i for i, text in texts.items() if re.fullmatch(" [a-z]{2,}", text)]
     letters = [i for i, text in texts.items() if re.fullmatch("[a-zA-Z0-9]", text)]
-    symbols = [i for i in (words if len(words) >= 32 else letters) if list(encode(texts[i])) == [i]]
+    candidates = words if len(words) >= FEWEST_WORDS else letters
+    symbols = [i for i in candidates if list(encode(texts[i])) == [i]]
     if len(symbols) < FEWEST_SYMBOLS:
         raise ValueError(
             f"tokenizer: expected at least {FEWEST_SYMBOLS} tokens that are one word or one "
-            f"letter, got {len(symbols)}; these tasks need a tokenizer of text"
+            f"letter, got {len(symbols)}; memory tasks need a tokenizer of text"
         )
     told, other, asked, filler = (tuple(encode(text)) for text in (TOLD, OTHER, ASKED, FILLER))
     return Vocabulary(size, tuple(symbols[:MOST_SYMBOLS]), told, other, asked, filler[-1])
