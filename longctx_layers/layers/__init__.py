@@ -1,10 +1,11 @@
 """The layers, and their registry: tests, benchmarks, training and evaluation all iterate it."""
 
 from longctx_layers.layers.attention import AttentionLayer, KeyValueState, Projection
-from longctx_layers.layers.base import Layer, Probe
+from longctx_layers.layers.base import Layer
 from longctx_layers.layers.bigbird import BigBird
 from longctx_layers.layers.blade import BLADE, BLADEState
 from longctx_layers.layers.causal import CausalAttention
+from longctx_layers.layers.description import Probe
 from longctx_layers.layers.dpassm import DPASSM, DPASSMState
 from longctx_layers.layers.longformer import Longformer
 from longctx_layers.layers.registry import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from longctx_layers.layers import splitting
 from longctx_layers.layers.checks import check_input, check_segment_ids, check_state
+from longctx_layers.layers.description import SelfDescription
 from longctx_layers.layers.init import draw_linear, draw_own, mark_drawn
 from longctx_layers.layers.parameters import (
-    SpecialParameters,
     activation_dtype,
     device_of,
     weight_dtype,
@@ -30,19 +30,7 @@ from longctx_layers.ops.checks import expect_number, expect_positive
 StateT = TypeVar("StateT", bound=tuple[Any, ...])
 
 
-class Probe(NamedTuple):
-    """Statistics of a layer's memory, computed from what one of its modules returns.
-
-    Attributes:
-        module: whose output is read during a forward pass.
-        statistics: from that output to scalars by name, e.g. `time_scale`.
-    """
-
-    module: nn.Module
-    statistics: Callable[[Tensor], dict[str, Tensor]]
-
-
-class Layer(SpecialParameters, Generic[StateT]):
+class Layer(SelfDescription, Generic[StateT]):
     """Base of all layers: `y, state = layer(x, state=None, *, segment_ids=None)`.
 
     To write a layer, set `state_type`, describe the state's tensors in `fields`, and compute in
@@ -59,17 +47,10 @@ class Layer(SpecialParameters, Generic[StateT]):
         state_type: a NamedTuple with the tensors of `fields`, then `position` and `segment`.
         input_projection: name of a projection that x passes. Its weight tells which dtype and
             device x and the state must have; None if the layer has no such projection.
-        output_projection: name of the last projection, whose initial weights a model scales down
-            with its depth; None if the layer has no such projection.
-        label: what figures and tables call the layer; None for the name in the registry.
-        style: colour and matplotlib marker in figures; None for the next free ones.
     """
 
     state_type: ClassVar[type[Any]]
     input_projection: ClassVar[str | None] = None
-    output_projection: ClassVar[str | None] = None
-    label: ClassVar[str | None] = None
-    style: ClassVar[tuple[str, str] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -121,7 +102,7 @@ class Layer(SpecialParameters, Generic[StateT]):
         """The layer's own hyperparameters, for `repr`."""
         return {}
 
-    # ---- What a layer says about itself
+    # ---- What a layer may say of itself; further properties are in `SelfDescription`
 
     @property
     def split_multiple(self) -> int | None:
@@ -137,46 +118,9 @@ class Layer(SpecialParameters, Generic[StateT]):
         return 0
 
     @property
-    def reach(self) -> int | None:
-        """Tokens in the window or chunk of attention, the query included; None for no limit.
-
-        Memory beyond it (a recurrent state, global or random tokens) does not count.
-        """
-        return None
-
-    @property
     def constant_state(self) -> bool:
         """Whether the state's size is independent of the length."""
         return all(None not in field.shape for field in self.fields().values())
-
-    @property
-    def path_gate(self) -> nn.Module | None:
-        """The projection that weighs two paths against each other, if there is one.
-
-        Training gives it a learning rate of its own.
-        """
-        return None
-
-    def flops_per_token(self, length: int) -> float:
-        """Operations per token besides the linear projections, in sequences of `length` tokens."""
-        return 0.0
-
-    def probes(self) -> list[Probe]:
-        """Statistics of the layer's memory to monitor in training, e.g. its time scales."""
-        return []
-
-    @classmethod
-    def test_cases(cls) -> dict[str, dict[str, Any]]:
-        """Small options to test the layer with, by a suffix for the test's name ("" for none)."""
-        return {"": {}}
-
-    def set_reach(self, size: int) -> None:
-        """Change the window or chunk between calls, as a curriculum does.
-
-        Raises:
-            TypeError: if the layer has neither.
-        """
-        raise TypeError(f"{type(self).__name__} has no window or chunk whose size could be set")
 
     # ---- What every layer has
 

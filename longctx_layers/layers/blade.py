@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from longctx_layers.layers.attention import AttentionLayer, Projection
-from longctx_layers.layers.base import Probe
 from longctx_layers.layers.blade_mlp import MlpUpdate
+from longctx_layers.layers.description import Probe
 from longctx_layers.layers.norms import HeadNorm, fuse
 from longctx_layers.layers.parameters import Gate
 from longctx_layers.layers.state import Field, cache_tail

@@ -79,8 +79,8 @@ def plan_chunks(
     number = ((begin == index) & (index > 0)).cumsum(1)
     if one_segment:
         n_chunks = 1 + (length - 1 - chunk_shift) // chunk_size + int(chunk_shift > 0)
-    elif length == 1:
-        n_chunks = 1  # without a look at the data, so that decoding is one graph
+    elif number.numel() <= batch:
+        n_chunks = 1  # no row or one token: without a look at the data, decoding is one graph
     else:
         n_chunks = int(number.max()) + 1
     count = torch.zeros(batch, n_chunks, dtype=torch.int64, device=x.device)

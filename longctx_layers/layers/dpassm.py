@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx_layers.layers.attention import Projection
-from longctx_layers.layers.base import Probe
+from longctx_layers.layers.description import Probe
 from longctx_layers.layers.norms import HeadNorm, fuse
 from longctx_layers.layers.parameters import Gate
 from longctx_layers.layers.state import Field

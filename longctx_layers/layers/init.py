@@ -1,4 +1,4 @@
-"""First values of weights, and how transformers learns that a module has them."""
+"""Initial values of weights, and how transformers learns that a module has them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def draw_weight(weight: Tensor, scale: float = 1.0) -> None:
-    """Draw `[outputs, inputs]`: normal, `std = scale / sqrt(inputs)`, which keeps a variance.
+    """Initialise `[outputs, inputs]`: normal, `std = scale / sqrt(inputs)`, to keep variances.
 
     Source: LeCun et al., Efficient BackProp, 1998.
     """
@@ -14,17 +14,17 @@ def draw_weight(weight: Tensor, scale: float = 1.0) -> None:
 
 
 def draw_linear(linear: nn.Linear) -> None:
-    """Draw a projection: its weight with the `first_scale` that its owner gave it; bias zero."""
+    """Initialise a projection: its weight with the `first_scale` that was set on it; bias zero."""
     draw_weight(linear.weight, getattr(linear, "first_scale", 1.0))
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
 
 def draw_own(module: nn.Module) -> bool:
-    """Draw the parameters that a module of this library holds itself, without those of its parts.
+    """Initialise the parameters that a module of this library itself holds, not its submodules.
 
     Returns:
-        False for the modules of others, which are left as they are.
+        False for modules of other libraries, which are not changed.
     """
     if hasattr(module, "first_scale"):
         if isinstance(module, nn.Linear):
@@ -39,17 +39,17 @@ def draw_own(module: nn.Module) -> bool:
     return draw is not None
 
 
-# Transformers replaces the functions of torch.nn.init where it draws weights itself.
+# transformers replaces the functions of torch.nn.init while it initialises weights itself.
 _NORMAL = nn.init.normal_
 
 
 def already_drawn(parameter: Tensor) -> bool:
-    """Whether transformers is drawing what a checkpoint lacked, and this parameter was loaded."""
+    """Whether transformers initialises what a checkpoint lacks, and this parameter was loaded."""
     return nn.init.normal_ is not _NORMAL and getattr(parameter, "_is_hf_initialized", False)
 
 
 def set_first(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter its first value, unless it is `already_drawn`.
+    """Give a parameter its initial value, unless it is `already_drawn`.
 
     The functions of `torch.nn.init` need no such check: transformers guards them.
     """
@@ -58,10 +58,10 @@ def set_first(parameter: Tensor, value: Tensor) -> None:
 
 
 def mark_drawn(module: nn.Module) -> None:
-    """Mark weights as initialised, so that no later `init_weights` of transformers redraws them.
+    """Mark weights as initialised, so that a later `init_weights` of transformers keeps them.
 
-    Nothing is marked on the meta device, where there are no values, or where transformers draws
-    weights itself, and marks them.
+    Nothing is marked on the meta device, where there are no values, or while transformers
+    initialises weights itself, since it marks them, too.
     """
     if nn.init.normal_ is not _NORMAL or any(p.is_meta for p in module.parameters()):
         return

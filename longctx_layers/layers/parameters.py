@@ -1,4 +1,4 @@
-"""Parameters that neither weight decay nor low precision may touch, and how they say so."""
+"""Declarations of parameters that must not take weight decay or lose precision."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from longctx_layers.layers.init import draw_own
 
-# What stays in float32 in a model of any dtype, in the form that transformers asks for.
+# Parameters that stay in float32 in a model of any dtype, in the form that transformers expects.
 FULL_PRECISION = ("state_space.A_log", "state_space.dt_bias", "state_space.log_rate")
 
 
 class SpecialParameters(nn.Module):
-    """Base of modules some of whose own parameters need care.
+    """Base of modules with parameters that need care in optimizers and casts.
 
-    The module's class declares them, because attributes of a parameter are lost where it is
-    replaced: by FSDP2, or by a loader that assigns. `longctx_layers.parameter_groups` and
+    The module's class declares them, because attributes of a parameter are lost when it is
+    replaced, by FSDP2 or by a loader that assigns. `longctx_layers.parameter_groups` and
     transformers' Trainer find the declarations. Where torch keeps the parameter, it also carries
     `_no_weight_decay = True`, as mamba-ssm's do.
 
     Attributes:
-        no_decay: names of parameters that weight decay would pull away from what they mean.
+        no_decay: names of parameters that take no weight decay.
         full_precision: names of parameters that stay in float32 (or float64) when the module is
             cast or loaded in a lower precision.
     """
@@ -41,7 +41,7 @@ class SpecialParameters(nn.Module):
         _inform_transformers()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As torch's; low precision is widened, and the declaration marked on the parameter."""
+        """As in torch; widens low precision if declared, and marks the parameter."""
         if param is not None and name in self.full_precision:
             param = _widened(param)
         super().register_parameter(name, param)
@@ -79,7 +79,7 @@ class SpecialParameters(nn.Module):
 
 
 class Gate(SpecialParameters, nn.Linear):
-    """The projection that weighs two paths: without weight decay, and zero at first."""
+    """The projection that weighs two paths: without weight decay, initially zero."""
 
     no_decay = ("weight", "bias")
     first_scale = 0.0
@@ -91,24 +91,24 @@ def is_activation_dtype(dtype: torch.dtype) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
-    """The module's weight, or None where it keeps it in another form.
+    """The module's weight, or None if it is stored in another form.
 
-    In torch's own quantised modules `weight` is a method, and others call it `qweight` or `W_q`.
+    In torch's own quantised modules `weight` is a method; others call it `qweight` or `W_q`.
     """
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, Tensor) else None
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype of the module's weight; None where it has none or a quantised one."""
+    """The dtype of the module's weight; None without one, or for a quantised one."""
     weight = weight_of(module)
     return weight.dtype if weight is not None and is_activation_dtype(weight.dtype) else None
 
 
 def device_of(*modules: nn.Module) -> torch.device:
-    """Where the first of the modules that holds a tensor has it; the CPU if none does.
+    """The device of the first of these modules that has a tensor; the CPU if none has.
 
-    What torch packs for int8 products is no tensor, and always on a CPU.
+    Weights that torch packs for int8 products are not tensors, and always on a CPU.
     """
     for module in modules:
         tensors = itertools.chain(module.parameters(), module.buffers())
@@ -118,9 +118,9 @@ def device_of(*modules: nn.Module) -> torch.device:
 
 
 def activation_dtype(module: nn.Module) -> torch.dtype:
-    """That of the first of a module's own and its parts' tensors that may be an activation's.
+    """The dtype of a module's activations: that of its first tensor that is not quantised.
 
-    Parameters that stay in float32 whatever the module's dtype say nothing.
+    Parameters that always stay in float32 do not count.
     """
     for part in module.modules():
         kept = getattr(part, "full_precision", ())
@@ -155,9 +155,9 @@ def _widened(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _inform_transformers() -> None:
-    """Let transformers know of these modules where it has no place to ask them.
+    """Tell transformers about these modules where it offers no way to ask them.
 
-    It happens as soon as a layer exists beside transformers, whose import nobody else pays for.
+    Runs when a layer is made and transformers is already imported; it is never imported here.
     """
     if "transformers" in sys.modules:
         _inform_trainer()
@@ -165,10 +165,10 @@ def _inform_transformers() -> None:
 
 
 def _inform_trainer() -> None:
-    """Let transformers' Trainer see what takes no weight decay.
+    """Make transformers' Trainer leave out the parameters that take no weight decay.
 
-    It decides by the names of parameters and the classes of modules, and asks no model. So its
-    function that lists names gets a wrapper.
+    It decides by names of parameters and classes of modules, without asking the model. So its
+    function that lists these names is wrapped.
     """
     utils: Any = importlib.import_module("transformers.trainer_pt_utils")
     original = getattr(utils, "get_parameter_names", None)
@@ -197,10 +197,10 @@ def _inform_trainer() -> None:
 
 
 def _inform_loader() -> None:
-    """Let `from_pretrained` of any model of transformers draw the weights that a checkpoint lacks.
+    """Make `from_pretrained` of any transformers model initialise weights that a checkpoint lacks.
 
-    transformers asks the outermost model to draw each module's own parameters, and a model that
-    only contains these layers knows nothing of them: they would stay uninitialised memory.
+    transformers asks the outermost model to initialise each module's own parameters. A model that
+    merely contains these layers does not know them: they would stay uninitialised memory.
     """
     modeling: Any = sys.modules.get("transformers.modeling_utils")
     base: Any = getattr(modeling, "PreTrainedModel", None)

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from longctx_layers.ops.checks import expect_number
 from longctx_layers.ops.operation import transformed
 
-_LONGEST_KEPT = 4096  # rows: a table of a megabyte
+_LONGEST_CACHED = 4096  # rows: a table of a megabyte
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Longer wavelengths of the rotary embedding, as models of an extended context have them.
+    """Stretches the wavelengths of the rotary embedding, as models with extended context do.
+
+    >>> from longctx_layers import CausalAttention, Projection
+    >>> scaling = RopeScaling(factor=8.0, original_length=8192)  # Llama 3.1
+    >>> layer = CausalAttention(64, 4, projection=Projection(rope_scaling=scaling))
 
     Attributes:
-        factor: what wavelengths are multiplied by.
+        factor: by which wavelengths are multiplied.
         original_length: tokens of the context before it was extended. None: all wavelengths take
             the factor ("linear": Chen et al., arXiv 2306.15595).
         low_freq_factor, high_freq_factor: with original_length ("llama3": Llama 3.1), wavelengths
@@ -66,20 +70,20 @@ def rotary_table(
 
     The angles are computed in float64 where the device has it (in float32 they are off by 0.05
     rad at a million tokens); the results are float32, or float64 for float64 inputs. On a CPU,
-    where computing them takes longer than a token's other work, short tables are kept.
+    where computing them takes longer than a token's other work, short tables are cached.
     """
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     precise = torch.promote_types(like.dtype, torch.float32)
     # Not while something traces or transforms the call, which would follow the table's tensors.
     # The length is last: comparing it in a traced call would limit an exported program to it.
-    keep = (
+    cache = (
         like.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(like) in (Tensor, nn.Parameter)
         and not transformed()
-        and length <= _LONGEST_KEPT
+        and length <= _LONGEST_CACHED
     )
-    compute = _kept if keep else _compute
+    compute = _cached if cache else _compute
     return compute(length, dim, base, scaling, like.device, wide, precise)
 
 
@@ -109,5 +113,5 @@ def _compute(
     return angle.cos().to(precise), angle.sin().to(precise)
 
 
-# Outside of inference mode, or training could not use what inference has kept.
-_kept = lru_cache(maxsize=8)(torch.inference_mode(False)(_compute))
+# Computed outside of inference mode, so that training can use a table that inference has cached.
+_cached = lru_cache(maxsize=8)(torch.inference_mode(False)(_compute))

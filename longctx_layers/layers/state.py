@@ -1,4 +1,4 @@
-"""States: NamedTuples of tensors, and what a call does with padded and packed rows."""
+"""States as NamedTuples of tensors, and the arrangement of padded and packed rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ class Field(NamedTuple):
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """Apply a function to every tensor of a state, or of a tuple of states."""
+    """Apply a function to every tensor of a layer's state, or of a model's tuple of states.
+
+    >>> from longctx_layers import CausalAttention
+    >>> _, state = CausalAttention(64, 4)(torch.randn(1, 10, 64))
+    >>> map_state(lambda x: x.cpu(), state).k.shape
+    torch.Size([1, 10, 4, 16])
+    """
     mapped = [function(x) if isinstance(x, Tensor) else map_state(function, x) for x in state]
     if hasattr(state, "_fields"):
         return type(state)(*mapped)
@@ -37,34 +43,52 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 
 def detach_state(state: State) -> State:
-    """The same state without its history of gradients (for truncated back-propagation)."""
+    """Cut the state's history of gradients, for truncated back-propagation through time.
+
+    >>> from longctx_layers import DPASSM
+    >>> _, state = DPASSM(64, 4, window_size=16)(torch.randn(1, 10, 64))
+    >>> state.h.requires_grad, detach_state(state).h.requires_grad
+    (True, False)
+    """
     return map_state(Tensor.detach, state)
 
 
 def usable_in_training(state: State) -> State:
-    """The state; a copy of what was made in inference mode, which autograd can't save."""
+    """The state, with copies of tensors made in inference mode, which autograd cannot save."""
     return map_state(lambda x: x.clone() if x.is_inference() else x, state)
 
 
 def select_rows(state: State, index: Tensor) -> State:
-    """Rows of a state by index `[n]`, in that order: reorders, drops or repeats sequences."""
+    """Choose rows of a state by index `[n]`: reorders, drops or repeats sequences of a batch.
+
+    >>> from longctx_layers import DPASSM
+    >>> _, state = DPASSM(64, 4, window_size=16)(torch.randn(3, 10, 64))
+    >>> select_rows(state, torch.tensor([2, 2])).h.shape[0]
+    2
+    """
     return map_state(lambda x: x.index_select(0, index.to(x.device)), state)
 
 
 def state_to(state: State, device: torch.device | str) -> State:
-    """The state on another device."""
+    """Move a state to another device.
+
+    >>> from longctx_layers import DPASSM
+    >>> _, state = DPASSM(64, 4, window_size=16)(torch.randn(1, 10, 64))
+    >>> state_to(state, "cpu").h.device.type
+    'cpu'
+    """
     return map_state(lambda x: x.to(device), state)
 
 
 class Rows(NamedTuple):
-    """A call's rows with their pads moved to the right.
+    """How a call's rows are rearranged so that padding is at their right end.
 
     Attributes:
-        segments: for the operations; None for rows of one new segment without pads.
-        position: `[B]`, where in its segment each row's next token will stand.
+        segments: for the operations; None for rows of one new segment without padding.
+        position: `[B]`, the position in its segment of each row's next token.
         segment: `[B]`, the id of the row's last segment.
-        order, inverse, real: the permutations there and back `[B, T]`, and which tokens are real,
-            all in terms of `order`'s source; None where nothing was moved.
+        order, inverse: the permutation of tokens `[B, T]`, and the one back; None if none moved.
+        real: `[B, T]`, which tokens are no padding, in the caller's order; None if none moved.
     """
 
     segments: Segments | None
@@ -75,34 +99,36 @@ class Rows(NamedTuple):
     real: Tensor | None = None
 
     def pack(self, x: Tensor) -> Tensor:
-        """Move `[B, T, D]` so that pads, made zero, stand at the right."""
+        """Rearrange `[B, T, D]`: padding goes to the right, and becomes zero."""
         if self.order is None or self.segments is None:
             return x
         return torch.where(self.segments.real()[..., None], _take(x, self.order), 0)
 
     def unpack(self, y: Tensor) -> Tensor:
-        """Move outputs back to where their tokens stood, with zeros at the pads."""
+        """Return outputs to the caller's order, with zeros at padding."""
         if self.inverse is None or self.real is None:
             return y
         return torch.where(self.real[..., None], _take(y, self.inverse), 0)
 
     def restart(self, state: State | None) -> State | None:
-        """The state, zero in rows whose first token begins a segment: NaN in it is gone too."""
+        """Set the state to zero (NaN, too) in rows whose first token begins a segment."""
         if state is None or self.order is None or self.segments is None:
             return state
-        goes_on = self.segments.start[:, 0] < 0
-        return map_state(lambda x: torch.where(goes_on.view(-1, *[1] * (x.dim() - 1)), x, 0), state)
+        continues = self.segments.start[:, 0] < 0
+        return map_state(
+            lambda x: torch.where(continues.view(-1, *[1] * (x.dim() - 1)), x, 0), state
+        )
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of `[B, T, D]` by `[B, T]`; its backward is an addition of whole rows."""
+    """Gather tokens of `[B, T, D]` by `[B, T]`; the backward pass adds whole tokens."""
     batch, length, dim = x.shape
     flat = index + length * torch.arange(batch, device=x.device)[:, None]
     return x.reshape(-1, dim).index_select(0, flat.flatten()).view(batch, length, dim)
 
 
 def arrange(x: Tensor, state: Any, segment_ids: Tensor | None) -> Rows:
-    """Find segments and pads of a call: see `Rows`."""
+    """Find the segments and the padding of a call."""
     batch, length = x.shape[:2]
     index = torch.arange(length, device=x.device)
     if state is None:
@@ -140,7 +166,7 @@ def tail(x: Tensor, size: int, segments: Segments | None, first: Tensor | None =
     Args:
         x: `[B, S, ...]`, of which the last T belong to this call.
         segments: of this call; None for T real tokens of one segment.
-        first: `[B]`, where what is still needed begins, if that is later than the segment.
+        first: `[B]`, the first entry that is still needed; the segment's first by default.
 
     Returns:
         `[B, size, ...]`, a copy.

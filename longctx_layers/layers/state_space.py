@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx_layers.layers.attention import AttentionLayer
-from longctx_layers.layers.base import Probe
+from longctx_layers.layers.description import Probe
 from longctx_layers.layers.init import already_drawn, set_first
 from longctx_layers.layers.parameters import SpecialParameters
 from longctx_layers.layers.state import tail

@@ -25,6 +25,22 @@ def test_the_empty_state_is_none(case, inputs):
         assert_close(with_state, layer(inputs, segment_ids=segment_ids), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("case", "module"), [("vanilla", "base"), ("bigbird", "base"), ("window", "longformer")]
+)
+def test_states_load_that_were_saved_when_their_class_was_elsewhere(case, module, inputs, tmp_path):
+    layer = small_layer(case)
+    _, state = layer(inputs)
+    kind = type(state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "__module__", f"longctx_layers.layers.{module}")
+        torch.save(state, tmp_path / "state.pt")
+    for weights_only in (True, False):
+        loaded = torch.load(tmp_path / "state.pt", weights_only=weights_only)
+        assert type(loaded) is kind
+        assert_close(loaded, state, rtol=0, atol=0)
+
+
 @CASES
 def test_rows_may_be_reordered_dropped_and_repeated(case, inputs):
     layer, index = small_layer(case), torch.tensor([2, 0, 0, 1])

@@ -48,9 +48,8 @@ class EMA(Layer[EMAState]):
         return 3 * self.d_model
 
     def mix(self, x, state, segments, offset):
-        log_decay = nn.functional.logsigmoid(
-            self.rate.to(torch.promote_types(x.dtype, torch.float32))
-        )
+        precise = torch.promote_types(x.dtype, torch.float32)
+        log_decay = nn.functional.logsigmoid(self.rate.to(precise))
         u = self.in_proj(x) * -torch.expm1(log_decay).to(x.dtype)
         before = None if state is None else state.average
         h, average = diagonal_scan(u, log_decay, initial_state=before, segments=segments)

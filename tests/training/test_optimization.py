@@ -3,8 +3,9 @@
 import pytest
 import torch
 from support.program import SMALL, fit, merged, scalars
+from torch.testing import assert_close
 
-from longctx_layers import LAYERS, create_model
+from longctx_layers import LAYERS, build_layer, create_model
 from longctx_layers.testing import small_model
 from longctx_layers.training import optimization
 from longctx_layers.training.curriculum import WindowCurriculum, drawn_length, fold, stage
@@ -140,6 +141,28 @@ def test_chunk_shifts_keep_their_proportion():
     model = create_model(257, "tiny", "blade", {"chunk_size": 16})
     WindowCurriculum(model, {0: 4, 5: 16}).set(0)
     assert [(b.mixer.chunk_size, b.mixer.chunk_shift) for b in model.blocks] == [(4, 0), (4, 2)] * 2
+
+
+def test_large_calls_are_split_at_the_chunks_that_are_set(monkeypatch):
+    """A part of a call must begin where one of the narrower chunks begins."""
+    torch.manual_seed(0)
+    options = {"chunk_size": 16, "chunk_shift": 8, "state_dim": 8}
+    layer = build_layer("blade", 16, 2, **options)
+    layer.set_reach(6)
+    assert (layer.chunk_size, layer.chunk_shift) == (6, 3)
+    x = torch.randn(1, 60, 16)
+    whole = layer(x)
+    monkeypatch.setattr("longctx_layers.layers.splitting.TOKENS_AT_ONCE", 16)
+    assert_close(layer(x), whole)
+    layer.set_reach(16)
+    assert (layer.chunk_size, layer.chunk_shift) == (16, 8)
+
+
+def test_layers_without_a_window_refuse_another():
+    layer = build_layer("vanilla", 16, 2)
+    assert layer.reach is None
+    with pytest.raises(TypeError, match="CausalAttention has no window or chunk"):
+        layer.set_reach(4)
 
 
 def test_last_window_is_the_models_own():
