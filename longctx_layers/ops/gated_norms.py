@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longctx_layers.ops import availability, reference
 from longctx_layers.ops.checks import expect_dtype, expect_float, expect_shape
 from longctx_layers.ops.operation import Operation
+from longctx_layers.ops.second_order import own_backward
 
 EPS = 1e-5
 
@@ -114,7 +114,7 @@ class _GatedNorms(torch.autograd.Function):
         return torch.lerp(s, o, torch.sigmoid(z.to(precise)), out=o).to(z.dtype)
 
     @staticmethod
-    @once_differentiable
+    @own_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, o, s, weight_o, weight_s = ctx.saved_tensors
         precise = torch.promote_types(z.dtype, torch.float32)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def twice_differentiable(
@@ -56,6 +58,25 @@ def twice_differentiable(
     results = _without_tensors(fast(*args, **kwargs), outputs)
     left = _Leave.apply(call, *(y for y in outputs if y.requires_grad))
     return _with_tensors(results, _merged(outputs, left))
+
+
+def own_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the hand-written backward pass of an `autograd.Function`.
+
+    It has no derivatives of its own, and runs without autocast, as the forward pass does: with
+    `loss.backward()` under `torch.autocast`, its products would otherwise be rounded.
+    """
+
+    @once_differentiable
+    @wraps(backward)
+    def without_autocast(ctx: Any, *gradients: Tensor) -> Any:
+        device = gradients[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *gradients)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *gradients)
+
+    return without_autocast
 
 
 class _Call:

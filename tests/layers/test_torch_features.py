@@ -48,6 +48,25 @@ def test_autocast(case, x):
 
 
 @CASES
+def test_backward_inside_autocast(case, x):
+    """Not what torch advises, but it has to work: hand-written passes keep their precision."""
+    layer = small_layer(case, dtype=torch.float32)
+    gradients = []
+    for inside in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x)[0].float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    eps = torch.finfo(torch.bfloat16).eps
+    for outer, inner in zip(*gradients, strict=True):
+        assert (inner - outer).abs().max() <= 8 * eps * outer.abs().max()
+
+
+@CASES
 def test_autocast_leaves_float64_alone(case, x):
     layer, x = small_layer(case), x.double()
     expected = layer(x)

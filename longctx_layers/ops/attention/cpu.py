@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longctx_layers.ops.attention.far import FarKeys, far_attention, merge
 from longctx_layers.ops.attention.pattern import Pattern
+from longctx_layers.ops.second_order import own_backward
 
 LONGEST_REACH = 4096  # keys: with longer windows, a head's scores do not fit the cache
 FEWEST_SCORES = 2**14  # of a head: with fewer, calling operations takes longer than running them
@@ -112,7 +112,7 @@ class _Spans(torch.autograd.Function):
         return y[:, :, :length].to(q.dtype), lse[:, :, :length] if with_lse else lse
 
     @staticmethod
-    @once_differentiable
+    @own_backward
     def backward(ctx: Any, dy: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, first = ctx.saved_tensors
         block, before, scale, with_lse = ctx.options

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 
 from longctx_layers.ops.attention.far import FarKeys, far_attention, merge
 from longctx_layers.ops.attention.pattern import Pattern
+from longctx_layers.ops.second_order import own_backward
 
 
 def _version(distribution: str) -> TorchVersion | None:
@@ -238,7 +238,7 @@ class _Merged(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @own_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from flash_attn import flash_attn_interface as low
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from longctx_layers.ops.second_order import own_backward
 from longctx_layers.ops.segments import Segments
 from longctx_layers.ops.state_space.tiles import TILE, SSDInputs, segment_sums, tile_starts
 
@@ -125,7 +125,7 @@ class _Scan(torch.autograd.Function):
         return tiles.rows(y).to(x.dtype), before[:, -1].clone(), added[:, -1].clone()
 
     @staticmethod
-    @once_differentiable
+    @own_backward
     def backward(
         ctx: Any, dy: Tensor, dbefore: Tensor, dadded: Tensor
     ) -> tuple[Tensor | None, ...]:
