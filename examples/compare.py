@@ -125,7 +125,7 @@ def held_out_text(args: argparse.Namespace, further: list[str]) -> Tensor:
     )
     data.setup("fit")
     length = LONGER * args.seq_len + 1
-    documents = (data.store.document(number) for number in data.validation)
+    documents = (data.store.document(int(number)) for number in data.validation)
     rows = [torch.from_numpy(d[:length].astype("int64")) for d in documents if len(d) >= length]
     if len(rows) < 2:
         raise SystemExit(

@@ -86,7 +86,9 @@ def small_llama(args: argparse.Namespace) -> LlamaForCausalLM:
 
 def groups(module: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
     """Parameters for the optimizer: those of the state path start from zero and learn faster."""
-    pretrained, new, scales = [], [], []
+    pretrained: list[torch.nn.Parameter] = []
+    new: list[torch.nn.Parameter] = []
+    scales: list[torch.nn.Parameter] = []
     for name, parameter in module.named_parameters():
         # With `layer.`, because a Llama's feed-forward layer has a gate_proj as well.
         is_new = any(f"layer.{part}" in name for part in NEW_PARTS)

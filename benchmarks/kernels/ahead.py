@@ -62,6 +62,14 @@ class Compiled(NamedTuple):
         return count(self.instructions, pattern)
 
 
+def number(pattern: str, text: str) -> int:
+    """The number that the group of a pattern matches, where the text has it first."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"expected {pattern} in the compiler's output, got {text[:200]!r}")
+    return int(match[1])
+
+
 def count(instructions: list[str], pattern: str) -> int:
     """Instructions whose name matches."""
     return sum(bool(re.match(pattern, name)) for name in instructions)
@@ -134,7 +142,7 @@ def _nvidia(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
         file.flush()
 
         def tool(*command: str) -> str:
-            run = [TOOLS / command[0], *command[1:], file.name]
+            run = [str(TOOLS / command[0]), *command[1:], file.name]
             return subprocess.run(run, capture_output=True, text=True, check=True).stdout
 
         usage, listing = tool("cuobjdump", "-res-usage"), tool("cuobjdump", "-sass")
@@ -147,7 +155,7 @@ def _nvidia(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
         for n, (opcode, rest) in enumerate(zip(names, operands, strict=True))
         if opcode.startswith("BRA") and (match := re.search(r"(0x[0-9a-f]+)\s*$", rest))
     ]
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    registers = number(r"REG:(\d+)", usage)
     return Compiled(
         name=name,
         registers=registers,
@@ -163,8 +171,8 @@ def _nvidia(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
 def _amd(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
     text = kernel.asm["amdgcn"]
 
-    def number(key: str) -> int:
-        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+    def entry(key: str) -> int:
+        return number(rf"\.{key}:\s+(\d+)", text)
 
     names: list[str] = []
     labels: dict[str, int] = {}
@@ -179,8 +187,8 @@ def _amd(name: str, kernel: Any, constants: dict[str, Any]) -> Compiled:
     # Scalar registers spill to lanes of vector registers, not to memory: they do not count.
     return Compiled(
         name=name,
-        registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        registers=entry("vgpr_count"),
+        spills=entry("vgpr_spill_count") + entry("private_segment_fixed_size"),
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
         instructions=names,

@@ -40,7 +40,7 @@ def source(window: int, head_dim: int, config: Any) -> str:
     names = ("flex_attention", "utilities", "common")
     text = "\n".join((folder / f"{name}.py.jinja").read_text() for name in names)
     blocks = -(-LENGTH // SPARSE_BLOCK)
-    shapes = dict.fromkeys("QKV", (BATCH, HEADS, LENGTH, head_dim))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys("QKV", (BATCH, HEADS, LENGTH, head_dim))
     for full in ("", "FULL_"):
         shapes |= {f"{full}KV_NUM_BLKS": (1, 1, blocks), f"{full}KV_IDX": (1, 1, blocks, blocks)}
     constants = {
@@ -119,6 +119,7 @@ def window_attention(head_dim: int, window: int = 128) -> None:
         path.write_text(source(window, head_dim, config))
         spec = importlib.util.spec_from_file_location("flex_attention", path)
         assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         x = empty(BATCH, HEADS, LENGTH, head_dim)

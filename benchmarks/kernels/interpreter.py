@@ -28,6 +28,8 @@ from triton.runtime.interpreter import (
 )
 from triton.runtime.jit import JITFunction
 
+# Its attribute is a property of a class that torch makes at run time, which mypy does not see.
+DETERMINISTIC: Any = torch.utils.deterministic
 LEAKY = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base, tl.core.dtype)
 
 
@@ -196,7 +198,7 @@ def interpreted(order: int | None = 0) -> Iterator[Traffic]:
     """
     memory = _Memory()
     attributes = [(owner, dict(vars(owner))) for owner in LEAKY]
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = DETERMINISTIC.fill_uninitialized_memory
     strict = torch.are_deterministic_algorithms_enabled()
     with ExitStack() as stack:
         for owner, name, function in _patches(memory, order):
@@ -204,12 +206,12 @@ def interpreted(order: int | None = 0) -> Iterator[Traffic]:
         stack.enter_context(triton.knobs.runtime.scope())
         triton.knobs.runtime.interpret = True
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        DETERMINISTIC.fill_uninitialized_memory = True
         try:
             yield memory.traffic
         finally:
             torch.use_deterministic_algorithms(strict)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            DETERMINISTIC.fill_uninitialized_memory = filled
             for owner, before in attributes:  # undo how the interpreter patched the language
                 for name in set(vars(owner)) - set(before):
                     delattr(owner, name)
@@ -245,8 +247,8 @@ def last_programs(count: int) -> Iterator[list[tuple[int, ...]]]:
         stack.enter_context(patch.object(JITFunction, "run", run_some))
         stack.enter_context(patch.object(builder, "set_grid_dim", set_grid_dim))
         stack.enter_context(patch.object(builder, "set_grid_idx", set_grid_idx))
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        DETERMINISTIC.fill_uninitialized_memory = False
         try:
             yield grids
         finally:
-            torch.utils.deterministic.fill_uninitialized_memory = True
+            DETERMINISTIC.fill_uninitialized_memory = True

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.speed.common import RUNS, Shape, forward
-from benchmarks.speed.contenders import FLOOR, case, decode, floors, module
+from benchmarks.speed.contenders import FLOOR, case, decode, floors, registered
 from benchmarks.speed.drawing import draw
 from benchmarks.speed.measuring import add_options, command, interleave, shape_of, slope
 from benchmarks.speed.memory import passes, peak_bytes
@@ -37,7 +37,7 @@ def contenders(kind: str) -> list[str]:
 def is_quadratic(name: str) -> bool:
     """Whether the cost grows with the square of the length: every token sees all before it."""
     if name in LAYERS:
-        layer = module(name, Shape(d_model=16, n_heads=1, local=8))
+        layer = registered(name, Shape(d_model=16, n_heads=1, local=8))
         return layer.reach is None and not layer.constant_state
     return name in (SDPA, FULL)
 

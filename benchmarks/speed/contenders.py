@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ COMPILED = ", compiled"
 PROBE = 64  # tokens of the call that counts what each projection takes
 
 
+def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linear projections of a layer, by name."""
+    return {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+
+
 def count_tokens(layer: nn.Module, x: Tensor) -> dict[str, int]:
     """How many tokens each `nn.Linear` takes during `layer(x)`, by name in the order of calls."""
     counts: dict[str, int] = {}
@@ -31,8 +36,10 @@ def count_tokens(layer: nn.Module, x: Tensor) -> dict[str, int]:
 
         return count
 
-    linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    hooks = [linear.register_forward_pre_hook(count_for(n)) for n, linear in linears.items()]
+    hooks = [
+        linear.register_forward_pre_hook(count_for(name))
+        for name, linear in linears_of(layer).items()
+    ]
     with torch.no_grad():
         layer(x)
     for hook in hooks:
@@ -53,8 +60,9 @@ class LinearFloor(nn.Module):
         self.layer = layer
         counts = count_tokens(layer, torch.zeros(1, PROBE, layer.d_model))
         self.fixed = {name: count for name, count in counts.items() if count != PROBE}
-        self.linears = {name: layer.get_submodule(name) for name in counts}
-        self.output = None
+        linears = linears_of(layer)
+        self.linears = {name: linears[name] for name in counts}
+        self.output: nn.Linear | None = None
         if {"q_proj", "o_proj"} <= self.linears.keys():
             self.output = self.linears.pop("o_proj")
 
@@ -86,21 +94,32 @@ class LinearFloor(nn.Module):
 
 
 @lru_cache(None)
+def registered(name: str, shape: Shape) -> Layer[Any]:
+    """A layer of the registry."""
+    return build_layer(name, shape.d_model, shape.n_heads, **local_options(name, shape.local))
+
+
+@lru_cache(None)
+def floor(layer: str, shape: Shape) -> LinearFloor:
+    """The linear floor of a layer of the registry."""
+    return LinearFloor(registered(layer, shape))
+
+
+@lru_cache(None)
 def module(name: str, shape: Shape) -> nn.Module:
     """A peer, a layer of the registry, `FLOOR + layer`, or `layer + COMPILED`."""
     if name.endswith(COMPILED):
-        return torch.compile(module(name.removesuffix(COMPILED), shape))
+        return cast(nn.Module, torch.compile(module(name.removesuffix(COMPILED), shape)))
     if name.startswith(FLOOR):
-        return LinearFloor(module(name.removeprefix(FLOOR), shape))
+        return floor(name.removeprefix(FLOOR), shape)
     if name in PEERS:
         return PEERS[name].build(shape)
-    return build_layer(name, shape.d_model, shape.n_heads, **local_options(name, shape.local))
+    return registered(name, shape)
 
 
 def floors(names: Iterable[str], shape: Shape) -> list[str]:
     """The floors of those names that are layers of the registry and have linear projections."""
-    candidates = [FLOOR + name for name in names if name in LAYERS]
-    return [name for name in candidates if module(name, shape).linears]
+    return [FLOOR + name for name in names if name in LAYERS and floor(name, shape).linears]
 
 
 @lru_cache(8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from benchmarks.speed.common import RUNS
 from benchmarks.speed.measuring import slope
@@ -28,16 +28,24 @@ class Axis(NamedTuple):
     label: str
 
 
+class LineStyle(TypedDict):
+    """How a line is drawn: arguments of matplotlib's `plot`."""
+
+    linestyle: str
+    color: str
+    marker: str
+
+
 AXES = {
     "time": Axis("median", 1.0, "seconds"),
     "memory": Axis("peak_bytes", 2.0**20, "peak memory (MiB)"),
 }
 
 
-def line_styles(names: list[str]) -> dict[str, dict[str, str]]:
+def line_styles(names: list[str]) -> dict[str, LineStyle]:
     """Line, colour and marker by name: layers have those of all figures and solid lines."""
     others = [name for name in names if name not in LAYERS]
-    styles = {}
+    styles: dict[str, LineStyle] = {}
     for name in names:
         if name in LAYERS:
             colour, marker, _ = style_of(name)

@@ -177,13 +177,13 @@ def timed(call: Callable[[], Any], device: str) -> float:
         begin = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - begin)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(2_000_000)  # about a millisecond, while the launches queue up
-    begin.record()
+    start.record()
     call()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return start.elapsed_time(end)
 
 
 def with_backward(call: Call) -> Callable[[], None]:
@@ -205,17 +205,17 @@ def measure(group: Group, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             y = call().detach()
             with_backward(call)()  # also compiles both passes
             ours = y if ours is None else ours
-            error = (y - ours).abs().max() / ours.abs().max()
+            difference = (y - ours).abs().max() / ours.abs().max()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             yield {"group": title, "contender": name, "reason": reason}
             continue
         row = {"group": title, "contender": name}
         is_comparable = "layers" not in title and "full" not in name
-        if is_comparable and not error < 0.05:
+        if is_comparable and not difference < 0.05:
             yield {
                 **row,
-                "reason": f"its result differs from ours by {error:.2g} of the largest value",
+                "reason": f"its result differs from ours by {difference:.2g} of the largest value",
             }
             continue
         runs[name] = {"forward": call, "forward+backward": with_backward(call)}

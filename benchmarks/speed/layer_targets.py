@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.speed.common import RUNS
+from benchmarks.speed.common import RUNS, Shape
 from benchmarks.speed.contenders import COMPILED, FLOOR, case, floors
 from benchmarks.speed.measuring import Row, Timing, interleave, ratio, shape_of, slope
 from benchmarks.speed.memory import kibibytes, passes, peak_bytes
@@ -84,6 +84,17 @@ def peers(args: argparse.Namespace) -> Iterator[Row]:
         yield ratio(f"{peer} / {layer}, {run}", times[peer], times[layer], at_least=at_least)
 
 
+def peak_that_fits(name: str, run: str, length: int, shape: Shape) -> int:
+    """Peak memory of a pass, where a slope needs the number of every length."""
+    peak = peak_bytes(passes, name, run, length, shape)
+    if peak is None:
+        raise MemoryError(
+            f"expected {name}, {run} at {length:,} tokens to fit into the memory, but it does not; "
+            "use a smaller --length, or --no_memory"
+        )
+    return peak
+
+
 def slopes(args: argparse.Namespace) -> Iterator[Row]:
     """Exponents of time and memory in the length, from half of `--length` to eight times it."""
     lengths = [args.length // 2 * 2**i for i in range(5)]
@@ -103,7 +114,7 @@ def slopes(args: argparse.Namespace) -> Iterator[Row]:
             yield Row(what, slope(lengths, seconds), "", at_most=at_most, detail=detail)
             if args.no_memory:
                 continue
-            peaks = [peak_bytes(passes, name, run, length, shape_of(args)) for length in lengths]
+            peaks = [peak_that_fits(name, run, length, shape_of(args)) for length in lengths]
             detail = ", ".join(f"{value / 2**20:,.0f}" for value in peaks) + " MiB"
             what = f"{name}, slope of memory, {run}, {span}"
             at_most = bound(name, 1.05)

@@ -71,10 +71,17 @@ class Row(NamedTuple):
         return low and (self.at_most is None or self.measured <= self.at_most)
 
 
-def ratio(what: str, over: Timing, under: Timing, **bounds: float | None) -> Row:
+def ratio(
+    what: str,
+    over: Timing,
+    under: Timing,
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+) -> Row:
     """A row with the ratio of two medians."""
     detail = f"{over.median:.4g} s / {under.median:.4g} s"
-    return Row(what, over.median / under.median, detail=detail, **bounds)
+    return Row(what, over.median / under.median, at_most=at_most, at_least=at_least, detail=detail)
 
 
 def slope(lengths: Sequence[int], values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.common import state_bytes
 from benchmarks.speed.measuring import Row, interleave, ratio
-from benchmarks.speed.memory import peak_bytes
+from benchmarks.speed.memory import Passes, peak_bytes
 from longctx_layers import LongContextLM, create_model
 
 SHORT, LONG = 1_000, 1_000_000
@@ -102,7 +102,7 @@ def training_step(args: argparse.Namespace, block: str) -> Callable[[int], None]
     return run
 
 
-def training_passes(args: argparse.Namespace, block: str) -> tuple[Callable[[], None], ...]:
+def training_passes(args: argparse.Namespace, block: str) -> Passes:
     """A short step that allocates gradients and optimizer state, and the step to measure."""
     step = training_step(args, block)
     return lambda: step(64), lambda: step(args.length)

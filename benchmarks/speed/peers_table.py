@@ -88,13 +88,14 @@ def page(rows: list[dict[str, Any]], reasons: dict[str, str], args: argparse.Nam
     for name, by_column in cells.items():
         texts = []
         for column in columns:
-            row = by_column.get(column)
-            if row is None:
+            measured = by_column.get(column)
+            if measured is None:
                 texts.append("-")
                 continue
-            times = row["median"] / cells["dpassm"][column]["median"]
-            memory = f", {row['peak_bytes'] / 2**20:,.0f} MiB" if row.get("peak_bytes") else ""
-            texts.append(f"{row['median']:.3g} s ({times:.2g}){memory}")
+            times = measured["median"] / cells["dpassm"][column]["median"]
+            peak = measured.get("peak_bytes")
+            memory = f", {peak / 2**20:,.0f} MiB" if peak else ""
+            texts.append(f"{measured['median']:.3g} s ({times:.2g}){memory}")
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     lines += ["", "Compared before the timing, by output and gradient of a short sequence:", ""]
     for name in args.peers:

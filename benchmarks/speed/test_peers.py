@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.speed.common import RUNS, Shape
 from benchmarks.speed.contenders import case
@@ -15,7 +16,7 @@ LENGTHS = (1024, 4096)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("run", RUNS)
-def test_pass(benchmark, run, name, length):
+def test_pass(benchmark: BenchmarkFixture, run: str, name: str, length: int) -> None:
     peer = PEERS[name]
     if peer.missing:
         pytest.skip(peer.missing)

@@ -143,7 +143,7 @@ def size(module: nn.Module) -> int:
 class Step(nn.Module):
     """A layer in the form that exporters need: positional arguments, the state a plain tuple."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: DPASSM) -> None:
         super().__init__()
         self.layer = layer
 
@@ -152,7 +152,7 @@ class Step(nn.Module):
         return y, tuple(state)
 
 
-def package(layer: nn.Module, inputs: tuple[Any, ...], folder: Path) -> Callable[..., Any]:
+def package(layer: DPASSM, inputs: tuple[Any, ...], folder: Path) -> Callable[..., Any]:
     """An AOTInductor package of one call, loaded from its file."""
     path = str(folder / f"{len(inputs)}.pt2")
     program = torch.export.export(Step(layer), inputs)
@@ -177,8 +177,8 @@ def versions(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict
         calls = {"prompt": partial(compiled, x), "step": partial(compiled, x_next, state)}
         yield f"{name}, torch.compile", calls
         if name == "float32":
-            whole = package(changed, (x,), folder)
-            single = package(changed, (x_next, tuple(state)), folder)
+            whole = package(layer, (x,), folder)
+            single = package(layer, (x_next, tuple(state)), folder)
             calls = {"prompt": partial(whole, x), "step": partial(single, x_next, state)}
             yield f"{name}, AOTInductor", calls
 

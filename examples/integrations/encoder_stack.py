@@ -34,9 +34,10 @@ def layer_from(attention: nn.MultiheadAttention, block: str, **options: Any) -> 
     parts = {"weight": rearrange(attention.in_proj_weight, "(qkv o) i -> qkv o i", qkv=3)}
     if has_bias:
         parts["bias"] = rearrange(attention.in_proj_bias, "(qkv o) -> qkv o", qkv=3)
-    for n, projection in enumerate((layer.q_proj, layer.k_proj, layer.v_proj)):
-        projection.load_state_dict({name: part[n] for name, part in parts.items()})
-    layer.o_proj.load_state_dict(attention.out_proj.state_dict())
+    for n, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        projection = layer.get_submodule(name)
+        projection.load_state_dict({key: part[n] for key, part in parts.items()})
+    layer.get_submodule("o_proj").load_state_dict(attention.out_proj.state_dict())
     return layer.to(attention.out_proj.weight).train(attention.training)
 
 

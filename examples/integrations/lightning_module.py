@@ -51,10 +51,10 @@ class Tagger(L.LightningModule):
         self.state = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"])
 
 
-class Votes(IterableDataset):
+class Votes(IterableDataset[tuple[Tensor, Tensor]]):
     """Batches of consecutive random votes, with the majority of about the last 50 as labels."""
 
     def __init__(self, rows: int = 16, length: int = 64, pieces: int = 20) -> None:

@@ -7,5 +7,7 @@
 
 from longctx_layers.training.cli import main
 
+__all__ = ["main"]
+
 if __name__ == "__main__":
     main()
