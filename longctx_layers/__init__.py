@@ -32,7 +32,7 @@ from longctx_layers.layers.weight_decay import no_weight_decay, parameter_groups
 from longctx_layers.lm.config import ModelConfig
 from longctx_layers.lm.factory import create_model
 from longctx_layers.lm.model import LongContextLM
-from longctx_layers.ops import explain, use_backend
+from longctx_layers.ops import explain, register_backend, use_backend
 from longctx_layers.self_check import selfcheck
 
 __version__ = _version("longctx-layers")
@@ -61,6 +61,7 @@ __all__ = [
     "LongContextLM",
     "ops",
     "explain",
+    "register_backend",
     "selfcheck",
     "use_backend",
     "__version__",

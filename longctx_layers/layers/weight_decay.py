@@ -13,13 +13,18 @@ from longctx_layers.ops.checks import expect_number
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer: every trainable parameter once, with or without weight decay.
+    """Make an optimizer's groups: each trainable parameter once, with or without weight decay.
 
-    Matrices decay: projections, convolutions, embeddings, adapters. Biases and all else of fewer
-    than two dimensions, norms, and what the layers declare (time scales and skips of state spaces,
-    the scales of norms by head, the gates between two paths, memory tokens) do not. Neither does a
-    parameter with the attribute `_no_weight_decay`. Parameters that several modules share are
-    counted once and do not decay if they must not in one of them.
+    Weight decay applies to matrices: projections, convolutions, embeddings, adapters. It does not
+    apply to biases and other parameters of fewer than two dimensions, to norms, and to what the
+    layers declare (time scales and skips of state spaces, scales of norms by head, the gates
+    between two paths, memory tokens), nor to parameters with the attribute `_no_weight_decay`. A
+    parameter that several modules share is listed once, without decay if one of them excludes it.
+
+    >>> model = create_model(vocab_size=256, num_params="tiny")
+    >>> optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-3)
+    >>> [(group["name"], group["weight_decay"]) for group in optimizer.param_groups]
+    [('decay', 0.1), ('no_decay', 0.0)]
 
     Args:
         model: any module: your own, a converted one, wrapped by PEFT, DDP, FSDP or torch.compile.
@@ -27,11 +32,12 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
     Returns:
         One or two groups, `{"name": "decay", "params": [...], "weight_decay": weight_decay}` and
-        `{"name": "no_decay", "params": [...], "weight_decay": 0.0}`; an empty one is left out.
+        `{"name": "no_decay", "params": [...], "weight_decay": 0.0}`. An empty group is left out.
 
     Raises:
-        TypeError: if the model is no module.
-        ValueError: for a negative decay, or parameters that FSDP has flattened beyond recognition.
+        TypeError: if the model is not a module.
+        ValueError: for a negative weight decay, or if FSDP has joined parameters in a way that
+            hides which is which.
     """
     _expect_module("parameter_groups", model)
     expect_number("weight_decay", weight_decay)
@@ -39,17 +45,17 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
         raise ValueError(
             f"weight_decay: expected a number of at least 0, got {weight_decay}; pass 0 for none"
         )
-    quiet = {id(parameter) for _, parameter in _quiet(model)}
-    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    excluded = {id(parameter) for _, parameter in _excluded(model)}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {
             "name": "decay",
-            "params": [p for p in found if id(p) not in quiet],
+            "params": [p for p in trainable if id(p) not in excluded],
             "weight_decay": weight_decay,
         },
         {
             "name": "no_decay",
-            "params": [p for p in found if id(p) in quiet],
+            "params": [p for p in trainable if id(p) in excluded],
             "weight_decay": 0.0,
         },
     ]
@@ -57,38 +63,41 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters that `parameter_groups` leaves without weight decay, all of them.
+    """Names of all parameters to which `parameter_groups` applies no weight decay.
 
     For optimizers that choose by name: timm calls a method of this name on a model.
 
+    >>> sorted(no_weight_decay(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.RMSNorm(2))))
+    ['0.bias', '1.weight']
+
     Raises:
-        TypeError, ValueError: as `parameter_groups`.
+        TypeError, ValueError: as for `parameter_groups`.
     """
     _expect_module("no_weight_decay", model)
-    return {name for name, _ in _quiet(model)}
+    return {name for name, _ in _excluded(model)}
 
 
 def _expect_module(caller: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"{caller}: expected a module, got {type(model).__name__}; pass the model "
-            "itself, since its modules know what their parameters are"
+            f"{caller}: expected a module, got {type(model).__name__}; pass the model itself, "
+            "since only its modules know what their parameters are"
         )
 
 
-def _quiet(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _excluded(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     declared = declared_no_decay(model)
     dimensions = _flattened(model)
     for path, module in model.named_modules(remove_duplicate=False):
         norm = _is_norm(module)
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{path}.{name}" if path else name
-            # DeepSpeed's ZeRO-3 leaves an empty parameter in place of one that lies elsewhere.
-            own = len(getattr(parameter, "ds_shape", parameter.shape))
+            # DeepSpeed's ZeRO-3 replaces a parameter that is stored elsewhere by an empty one.
+            n_dims = len(getattr(parameter, "ds_shape", parameter.shape))
             if (
                 norm
                 or full in declared
-                or dimensions.get(id(parameter), own) < 2
+                or dimensions.get(id(parameter), n_dims) < 2
                 or name.endswith("bias")
                 or getattr(parameter, "_no_weight_decay", False)
             ):
@@ -96,13 +105,13 @@ def _quiet(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    # By name too: most models of transformers have a class of their own.
+    # By the name of the class: most models of transformers define their own.
     return re.search(r"norm(\dd)?$", type(module).__name__.lower()) is not None
 
 
 def _flattened(model: nn.Module) -> dict[int, int]:
-    """Dimensions of parameters whose shards FullyShardedDataParallel holds as flat vectors."""
-    found: dict[int, int] = {}
+    """Dimensions of parameters that FullyShardedDataParallel stores as flat vectors."""
+    dimensions: dict[int, int] = {}
     for module in model.modules():
         flat = getattr(getattr(module, "_handle", None), "flat_param", None)
         if flat is None:
@@ -112,5 +121,5 @@ def _flattened(model: nn.Module) -> dict[int, int]:
                 "model: expected FullyShardedDataParallel(..., use_orig_params=True), got one that "
                 "joins weights and norms in one parameter; pass that option, or use fully_shard"
             )
-        found |= {id(p): len(s) for p, s in zip(flat._params, flat._shapes, strict=True)}
-    return found
+        dimensions |= {id(p): len(s) for p, s in zip(flat._params, flat._shapes, strict=True)}
+    return dimensions
