@@ -224,7 +224,7 @@ def _leaves_its_folder(name: str) -> bool:
 def not_a_checkpoint(path: str | os.PathLike[str], problem: str) -> ValueError:
     """The error about a file that is not a checkpoint; `problem` begins with `which` or `whose`."""
     return ValueError(
-        f"checkpoint: expected one that examples/train.py wrote, got {path}, {problem}; it is "
+        f"checkpoint: expected one that longctx train wrote, got {path}, {problem}; it is "
         "damaged or another program's: pass another file of logs/checkpoints"
     )
 
