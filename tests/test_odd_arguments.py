@@ -32,7 +32,7 @@ def test_what_is_no_dense_tensor(kind):
     for argument, operation in FIRST.values():
         with pytest.raises(TypeError, match=rf"^{argument}: expected a .*{message}"):
             operation(x)
-    with pytest.raises(TypeError, match=rf"^Longformer: x: expected a .*{message}"):
+    with pytest.raises(TypeError, match=rf"^WindowAttention: x: expected a .*{message}"):
         layer(x)
     if x is not None:
         with pytest.raises(TypeError, match=rf"segment_ids: expected a .*{message}"):
@@ -94,8 +94,8 @@ def test_a_prompt_in_one_dimension_is_one_row():
         (IDS[0], ValueError, r"expected the shape of ids = \[2, 3\], got \[3\]"),
         (torch.randn(2, 3, 13), ValueError, r"expected the shape of ids = \[2, 3\], got \[2, 3, 1"),
         (IDS.float(), TypeError, "expected int64, got torch.float32; convert"),
-        (IDS - 2, ValueError, r"expected -100 or ids in \[0, 13\), got -1 to 4"),
-        (IDS + 8, ValueError, r"expected -100 or ids in \[0, 13\), got 9 to 14"),
+        (IDS - 2, ValueError, r"expected -100 or token ids in \[0, 13\), got -1 to 4"),
+        (IDS + 8, ValueError, r"expected -100 or token ids in \[0, 13\), got 9 to 14"),
     ],
 )
 def test_labels_that_are_none(labels, error, message):

@@ -82,7 +82,7 @@ def layer_name(name: str) -> str:
     name = canonical_name(name)
     if name not in LAYERS:
         hint = closest(str(name), [*LAYERS, *ALIASES])
-        raise ValueError(f"unknown layer {name!r}{hint}; the layers are {list(LAYERS)}")
+        raise ValueError(f"unknown layer {name!r}{hint} (the layers are {list(LAYERS)})")
     return name
 
 
@@ -135,6 +135,6 @@ def build_layer(name: str, d_model: int, n_heads: int, **options: Any) -> Layer[
     unknown = [option for option in options if option not in valid]
     if unknown:
         hint = closest(unknown[0], valid)
-        raise ValueError(f"{name} has no options {unknown}{hint}; its options are {valid}")
+        raise ValueError(f"{name} has no options {unknown}{hint} (its options are {valid})")
     cls: Callable[..., Layer[Any]] = LAYERS[name]
     return cls(d_model, n_heads, **options)

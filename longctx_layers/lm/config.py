@@ -107,8 +107,8 @@ class ModelConfig:
         unknown = sorted(set(values) - set(valid))
         if unknown:
             raise ValueError(
-                f"ModelConfig: unknown keys {unknown}{closest(unknown[0], valid)}; valid keys are "
-                f"{valid}. If a later version of longctx_layers wrote them, install that version"
+                f"ModelConfig: unknown keys {unknown}{closest(unknown[0], valid)} (valid keys are "
+                f"{valid}). If a later version of longctx_layers wrote them, install that version"
             )
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         missing = [name for name in required if name not in values]
@@ -169,5 +169,5 @@ def _built(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
     valid = [field.name for field in fields(kind)]
     if unknown := sorted(set(values) - set(valid)):
         hint = closest(unknown[0], valid)
-        raise ValueError(f"{name}: unknown keys {unknown}{hint}; valid keys are {valid}")
+        raise ValueError(f"{name}: unknown keys {unknown}{hint} (valid keys are {valid})")
     return kind(**values)

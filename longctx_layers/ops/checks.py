@@ -52,8 +52,10 @@ def expect_shape(name: str, x: Tensor, shape: tuple[int | None, ...], layout: st
                 fits = False
     if not fits:
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
-        remedy = "" if x.dim() == len(shape) else f"; reshape it to {len(shape)} dimensions"
-        raise ValueError(f"{name}: expected {layout} = [{sizes}], got {list(x.shape)}{remedy}")
+        remedy = "pass a tensor of this shape"
+        if x.dim() != len(shape):
+            remedy = f"reshape it to {len(shape)} dimensions"
+        raise ValueError(f"{name}: expected {layout} = [{sizes}], got {list(x.shape)}; {remedy}")
 
 
 def expect_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from longctx_layers import LongContextLM, ModelConfig
 
@@ -71,9 +72,8 @@ def first_non_finite(model: LongContextLM, batch: dict[str, Tensor], state: Any)
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            finite = all(torch.isfinite(x).all() for x in outputs if isinstance(x, Tensor))
-            if not finite:
+            tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+            if not all(torch.isfinite(x).all() for x in tensors):
                 places.append(name)
 
         return hook

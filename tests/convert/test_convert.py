@@ -450,7 +450,7 @@ REFUSED = {
         {"rope_base": 1e4},
         r"\[\'rope_base\'\] are taken from the pretrained model and cannot be set",
     ),
-    "unknown layer": ({}, {"block_type": "mamba"}, "unknown layer 'mamba'; the layers are"),
+    "unknown layer": ({}, {"block_type": "mamba"}, "unknown layer 'mamba' \\(the layers are"),
     "index": ({}, {"layers": [0, 3]}, r"indices in \[-3, 3\)"),
     "twice the same": ({}, {"layers": [0, -3]}, "different indices"),
     "no list": ({}, {"layers": 1}, "expected a list of layer indices"),

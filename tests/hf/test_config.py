@@ -102,7 +102,7 @@ def test_mistakes_are_named() -> None:
             LongCtxConfig(**{name: 8})
     with pytest.raises(ValueError, match="expected block_type or pattern, got both"):
         LongCtxConfig(block_type="blade", pattern=["dpassm"])
-    with pytest.raises(ValueError, match="unknown layer .*; the layers are"):
+    with pytest.raises(ValueError, match="unknown layer .*the layers are"):
         LongCtxConfig(block_type="mamba")
     with pytest.raises(ValueError, match="n_layers: expected at least 1"):
         LongCtxConfig(num_hidden_layers=0)

@@ -157,7 +157,7 @@ def test_an_unknown_layer_lists_the_known_ones():
             torch.randn(2, 3, 16),
             torch.zeros(2, 4, dtype=torch.int64),
             ValueError,
-            r"segment_ids: expected \[B, T\] = \[2, 3\], got \[2, 4\]; reshape",
+            r"segment_ids: expected \[B, T\] = \[2, 3\], got \[2, 4\]; pass one id",
         ),
         (
             torch.randn(2, 3, 16),

@@ -194,8 +194,8 @@ VALID = {"vocab_size": 5, "d_model": 16, "n_layers": 2, "n_heads": 2, "ffn_dim":
         ({"pattern": ("vanilla", "blade", "dpassm")}, "at most n_layers = 2 names, got 3"),
         ({"block_kwargs": 128}, "block_kwargs: expected a dict"),
         ({"block_kwargs": {"blade": {}}}, r"a dict of options for each of \['dpassm'\]"),
-        ({"pattern": ("blade", "dpassm"), "block_kwargs": {"window_size": 4}}, "by block name"),
-        ({"pattern": ("blade", "dpassm"), "block_kwargs": {"blade": 4}}, "by block name"),
+        ({"pattern": ("blade", "dpassm"), "block_kwargs": {"window_size": 4}}, "by name"),
+        ({"pattern": ("blade", "dpassm"), "block_kwargs": {"blade": 4}}, "by name"),
     ],
 )
 def test_wrong_config_is_refused(change: dict[str, Any], message: str) -> None:

@@ -174,9 +174,10 @@ def test_script_is_the_same_program():
     assert runpy.run_path(str(ROOT / "examples/train.py"))["main"] is program.main
 
 
-def test_name_of_another_program_that_calls_it(capsys):
+def test_name_under_which_it_was_started(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["longctx", "--help"])
     with pytest.raises(SystemExit):
-        program.main(["--help"], prog="longctx train")
+        program.main()
     assert capsys.readouterr().out.startswith("usage: longctx train ")
 
 

@@ -1,6 +1,7 @@
 """A checkpoint becomes a folder that loads without this program and gives the same logits."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,8 +195,9 @@ def test_errors(export, tmp_path, capsys):
     assert not (tmp_path / "model").exists()
 
 
-def test_usage_errors_name_the_program(capsys):
+def test_usage_errors_name_the_program(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["longctx"])
     with pytest.raises(SystemExit) as error:
-        export_program.main(["--checkpont", "a"], prog="longctx export")
+        export_program.main(["--checkpont", "a"])
     assert error.value.code == 2
     assert capsys.readouterr().err.startswith("longctx export: error: ")
