@@ -356,9 +356,9 @@ def cut_folder(here, folder):
     ("spoil", "message"),
     [
         (missing, "expected a file"),
-        (truncated, "examples/train.py"),
-        (foreign, "examples/train.py"),
-        (text_file, "examples/train.py"),
+        (truncated, "longctx train"),
+        (foreign, "longctx train"),
+        (text_file, "longctx train"),
         (other_weights, "damaged or another program's"),
         (not_finite, "expected finite weights"),
         (climbing, "paths inside their folder"),
