@@ -28,7 +28,9 @@ class StorageError(OSError):
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Check that files can be made in a folder, or in what is there of it; nothing stays behind.
+    """Check that files can be created in a folder, or in its first parent that exists.
+
+    Nothing is left there.
 
     Raises:
         StorageError: if they cannot; it names the flag that chose the folder.
@@ -44,10 +46,10 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make `folder` by calling `write(partial)` on an empty one beside it, unless it is there.
+    """Create `folder` by calling `write(partial)` on an empty folder next to it, unless it exists.
 
-    The finished folder is on the disk before it gets its name, in one step. Of several processes
-    one writes and the others wait; what a killed one left behind is removed by the next.
+    Everything is on the disk before the folder gets its name, in one step. If several processes
+    call this, one writes and the others wait; what a killed process left is removed by the next.
 
     Raises:
         StorageError: if it cannot be written; nothing of it is left.
@@ -78,8 +80,7 @@ def _write_locked(folder: Path, write: Callable[[Path], None]) -> None:
         partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
         try:
             write(partial)
-            for path in [*partial.rglob("*"), partial]:
-                _flush(path)
+            _flush_all(partial)
             partial.chmod(0o755)
             os.rename(partial, folder)
             _flush(folder.parent)
@@ -129,10 +130,10 @@ def write(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Fill an empty folder; at the end its files are moved to `folder`, whole and all or none.
+    """Fill an empty folder, whose files are moved to `folder` at the end: all of them, or none.
 
-    Files of folders within it go to the folders of their names. A folder that is there keeps its
-    other files. One that is not appears in one step.
+    Files in subfolders go to subfolders of the same names. An existing folder keeps its other
+    files; a new one appears in one step.
 
     Raises:
         OSError: if it cannot be written. After this and any other error it is as it was; so are
@@ -142,7 +143,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
     partial: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Inside a folder that is there: the one around it may be read-only, or of another disk.
+        # Inside an existing folder: its parent may be read-only, or on another disk.
         place = folder if folder.exists() else folder.parent
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=place))
         yield partial
@@ -154,6 +155,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
                     made.insert(0, place)
             replace_all({path: place for path, place in places.items() if path.is_file()})
         else:
+            _flush_all(partial)
             partial.chmod(0o777 & ~_umask())
             os.rename(partial, folder)
         made = []
@@ -203,7 +205,7 @@ def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
 
 
 def check_targets(folder: Path, names: Iterable[str]) -> None:
-    """Check that files of these names can be written under a folder; nothing stays behind there.
+    """Check that files of these names can be written under a folder; nothing is left there.
 
     Raises:
         OSError: if a folder has the name of a file, or no file can be made in one of the folders.
@@ -223,13 +225,13 @@ class NotRestoredError(OSError):
 
 
 def replace_all(moves: Mapping[Path, Path]) -> None:
-    """Move files to their places, all or none; each place is on the file system of its file.
+    """Move files, all or none; each destination is on the same file system as its file.
 
-    What they replace is kept beside it until all are in place, and is put back if one is not. Only
-    a process that is killed between two moves leaves some moved and others not.
+    Replaced files are kept next to their places until all moves are done, and are restored if one
+    fails. Only a process that is killed between two moves leaves some done and others not.
 
     Args:
-        moves: `{file: its place}`.
+        moves: `{file: destination}`.
 
     Raises:
         OSError: if one cannot be moved; every place is as it was.
@@ -275,6 +277,12 @@ def _copy(path: Path, copy: Path) -> None:
         os.link(path, copy, follow_symlinks=False)
     except OSError:  # file systems without links
         shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def _flush_all(folder: Path) -> None:
+    """Bring everything in a folder to the disk, before the folder gets its name."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -83,8 +83,8 @@ class TrainingLoader:
     """The batches of an epoch; the first time from the position of the data module on.
 
     Args:
-        data: the data module, which keeps the `progress`. If it has a trainer, it is told there
-            which batches are used; without one, a batch counts as used when it is fetched.
+        data: the data module, which keeps the `progress`. With a trainer, the module
+            records which batches were used; without one, a batch counts as used when fetched.
         endless: whether the trainer ends an epoch, after any number of passes over the data.
     """
 

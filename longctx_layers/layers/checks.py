@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longctx_layers.layers.parameters import is_activation_dtype
 from longctx_layers.layers.state import Field
-from longctx_layers.ops.checks import expect_dtype, expect_shape, expect_tensor
+from longctx_layers.ops.checks import expect_dtype, expect_shape
 
 
 def check_input(name: str, x: Tensor, d_model: int, projection: nn.Module | None) -> None:
@@ -17,13 +17,8 @@ def check_input(name: str, x: Tensor, d_model: int, projection: nn.Module | None
 
     A projection without a plain weight, for example a quantised one, checks x itself.
     """
-    expect_tensor(f"{name}: x", x, "[B, T, d_model]")
-    if x.dim() == 3 and x.shape[2] != d_model:
-        raise ValueError(
-            f"{name}: x: expected [B, T, d_model] = [any, any, {d_model}], got {list(x.shape)}; "
-            f"pass activations of this width, or build the layer with d_model={x.shape[2]}"
-        )
-    expect_shape(f"{name}: x", x, (None, None, d_model), "[B, T, d_model]")
+    remedy = "pass activations of this width, or build the layer with theirs"
+    expect_shape(f"{name}: x", x, (None, None, d_model), "[B, T, d_model]", remedy)
     weight = getattr(projection, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -40,12 +35,8 @@ def check_input(name: str, x: Tensor, d_model: int, projection: nn.Module | None
 
 def check_segment_ids(name: str, segment_ids: Tensor, x: Tensor) -> None:
     """Raise unless segment_ids are integers `[B, T]` on x's device."""
-    expect_tensor(f"{name}: segment_ids", segment_ids, "[B, T]")
-    if segment_ids.shape != x.shape[:2]:
-        raise ValueError(
-            f"{name}: segment_ids: expected [B, T] = {list(x.shape[:2])}, got "
-            f"{list(segment_ids.shape)}; pass one id for each token of x"
-        )
+    remedy = "pass one id for each token of x"
+    expect_shape(f"{name}: segment_ids", segment_ids, tuple(x.shape[:2]), "[B, T]", remedy)
     if segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
         raise TypeError(
             f"{name}: segment_ids: expected integers, got {segment_ids.dtype}; number the "

@@ -42,8 +42,17 @@ def expect_float(name: str, x: Tensor, layout: str) -> None:
         )
 
 
-def expect_shape(name: str, x: Tensor, shape: tuple[int | None, ...], layout: str) -> None:
-    """Raise unless x is a dense tensor of this shape; None allows any size."""
+def expect_shape(
+    name: str,
+    x: Tensor,
+    shape: tuple[int | None, ...],
+    layout: str,
+    remedy: str = "pass a tensor of this shape",
+) -> None:
+    """Raise unless x is a dense tensor of this shape; None allows any size.
+
+    The error about a wrong size ends with `remedy`.
+    """
     expect_tensor(name, x, layout)
     fits = x.dim() == len(shape)
     if fits:
@@ -52,7 +61,6 @@ def expect_shape(name: str, x: Tensor, shape: tuple[int | None, ...], layout: st
                 fits = False
     if not fits:
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
-        remedy = "pass a tensor of this shape"
         if x.dim() != len(shape):
             remedy = f"reshape it to {len(shape)} dimensions"
         raise ValueError(f"{name}: expected {layout} = [{sizes}], got {list(x.shape)}; {remedy}")
