@@ -154,3 +154,14 @@ def test_what_cannot_be_put_back_is_kept(folder: Path, monkeypatch: Any) -> None
         through_replace_all(folder)
     copy = Path(str(caught.value).split("kept as ")[1].rstrip(")"))
     assert copy.read_text() == "old"
+
+
+def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("flush"), fsync(descriptor)))
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
+    with write_folder(tmp_path / "new") as partial:
+        (partial / "a").write_text("a")
+        (partial / "b").write_text("b")
+    assert events == ["flush", "flush", "flush", "rename"]  # two files and the folder
